@@ -1,0 +1,85 @@
+// One plain struct per primitive: pointers, sizes, strides in elements. Kernels see nothing else.
+#pragma once
+
+#include <cstdint>
+
+namespace peftkern {
+
+enum class DType : uint8_t { f32, bf16, f16 };
+enum class QuantType : uint8_t { nf4, fp4 };
+
+// A strided matrix (or, with stride1 alone, a vector). data == nullptr: absent.
+struct Matrix {
+  void* data = nullptr;
+  DType dtype = DType::f32;
+  int64_t stride0 = 0;
+  int64_t stride1 = 0;
+};
+
+// One scale per 2^log2_blocksize consecutive weights of the flat [N*K] index.
+// Plain:   absmax[i] = values[i]
+// Nested:  absmax[i] = code[codes[i]] * absmax2[i >> log2_blocksize2] + offset
+struct Absmax {
+  const float* values = nullptr;    // plain, or nullptr
+  const uint8_t* codes = nullptr;   // nested, or nullptr
+  const float* code = nullptr;      // [256]
+  const float* absmax2 = nullptr;
+  float offset = 0.0f;
+  int log2_blocksize2 = 0;
+};
+
+// bitsandbytes' bytes: weight i of the flat row-major index sits in packed[i / 2], high nibble first.
+struct Weight4 {
+  const uint8_t* packed = nullptr;
+  QuantType quant_type = QuantType::nf4;
+  int log2_blocksize = 6;
+  Absmax absmax;
+};
+
+// out[i] = round(code[q(i)] * absmax[i / blocksize]), i < numel; out is contiguous.
+struct DequantizeParams {
+  Weight4 weight;
+  int64_t numel = 0;
+  void* out = nullptr;
+  DType out_dtype = DType::f32;
+  int threads = 1;
+};
+
+// packed [ceil(numel / 2)] and absmax fp32 [ceil(numel / blocksize)] from weight, contiguous.
+struct QuantizeParams {
+  const void* weight = nullptr;
+  DType dtype = DType::f32;
+  int64_t numel = 0;
+  QuantType quant_type = QuantType::nf4;
+  int log2_blocksize = 6;
+  uint8_t* packed = nullptr;
+  float* absmax = nullptr;
+  int threads = 1;
+};
+
+// out[m, o] = alpha * (sum_c x[m, c] w(o, c) + sum_r t[m, r] u[o, r]) + bias[o]
+//
+//   m < rows, o < outputs, c < inner, r < rank
+//   plain:       w(o, c) = W[o, c], W is [outputs, inner]     forward
+//   transposed:  w(o, c) = W[c, o], W is [inner, outputs]     dX, and the adapters' gradients
+//
+// W is weight4 when weight4.packed is set, else dense (any strides). u and every other matrix may have any strides;
+// dtypes mix freely: all but out is brought to the kernel's compute type, which follows x.dtype.
+struct MatmulParams {
+  int64_t rows = 0;
+  int64_t inner = 0;
+  int64_t outputs = 0;
+  int64_t rank = 0;
+  Matrix x;      // [rows, inner]
+  Weight4 weight4;
+  Matrix dense;  // as W above
+  bool transposed = false;
+  Matrix t;      // [rows, rank]
+  Matrix u;      // [outputs, rank]
+  Matrix bias;   // [outputs], stride1
+  float alpha = 1.0f;
+  Matrix out;    // [rows, outputs], never aliases an input
+  int threads = 1;
+};
+
+}  // namespace peftkern
