@@ -28,6 +28,7 @@ inline constexpr float kNf4[16] = {
 };
 
 // FP4 (e2m1 with a subnormal at 1/192): bit 3 is the sign, the magnitudes are {0, 1/16, 8, 12, 4, 6, 2, 3} / 12.
+// Nibble 8 is +0, as in bitsandbytes' table: its quantizer gives that nibble to the smallest positive weights.
 inline constexpr float kFp4[16] = {
     0.0f,
     0.0052083334885537624f,
@@ -37,7 +38,7 @@ inline constexpr float kFp4[16] = {
     0.5f,
     0.1666666716337204f,
     0.25f,
-    -0.0f,
+    0.0f,
     -0.0052083334885537624f,
     -0.6666666865348816f,
     -1.0f,
