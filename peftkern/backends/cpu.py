@@ -1,0 +1,118 @@
+"""The compiled CPU kernels (csrc/), for CPU tensors of fp32, bf16 and fp16. `_cpu` picks the instruction set."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, get_num_threads
+
+from peftkern.backends import Backend, Call, Weight4, reference
+
+_cpu: Any = None
+_missing: str | None = None
+try:
+    _cpu = importlib.import_module("peftkern._cpu")
+except ImportError as error:
+    # pybind11 wraps what a module's initialisation raises: a bad PEFTKERN_ISA is the caller's error, not an absence
+    if isinstance(error.__cause__, ValueError):
+        raise error.__cause__ from None
+    _missing = f"the extension peftkern._cpu is not available ({error})"
+
+_DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+
+
+def missing() -> str | None:
+    return _missing
+
+
+def supports(call: Call) -> str | None:
+    if call.device.type != "cpu":
+        return f"it runs tensors on cpu, these are on {call.device}"
+    if call.dtype not in _DTYPES:
+        return f"it takes float32, bfloat16 and float16, this is {str(call.dtype).removeprefix('torch.')}"
+    return None
+
+
+def detail(call: Call) -> str:
+    if call.primitive == "matmul_dense":
+        return f"torch's GEMM, addend by {_cpu.kernel('matmul', _DTYPES[call.dtype])}"
+    if call.primitive == "dropout":
+        return "torch"
+    return str(_cpu.kernel(call.primitive, _DTYPES[call.dtype]))
+
+
+def matmul(
+    out: Tensor,
+    x: Tensor,
+    weight: Weight4 | Tensor,
+    transposed: bool = False,
+    alpha: float = 1.0,
+    t: Tensor | None = None,
+    u: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> None:
+    _cpu.matmul(out, x, weight, transposed, alpha, t, u, bias, get_num_threads())
+
+
+def matmul_dense(
+    out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    transposed: bool = False,
+    t: Tensor | None = None,
+    u: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> None:
+    w = weight if transposed else weight.t()
+    if t is None or u is None:
+        if bias is None:
+            torch.mm(x, w, out=out)
+        else:
+            torch.addmm(bias.to(x.dtype), x, w, out=out)
+        return
+    # the addend first, in one thin pass; the GEMM then adds to it in its own epilogue
+    _cpu.matmul(out, t, u, False, 1.0, None, None, bias, get_num_threads())
+    out.addmm_(x, w)
+
+
+def dequantize(out: Tensor, weight: Weight4) -> None:
+    _cpu.dequantize(out, weight, get_num_threads())
+
+
+def quantize(weight: Tensor, packed: Tensor, absmax: Tensor, quant_type: str, blocksize: int) -> None:
+    _cpu.quantize(weight, packed, absmax, quant_type, blocksize, get_num_threads())
+
+
+BACKEND = Backend(
+    name="cpu",
+    rows={
+        "matmul": matmul,
+        "matmul_dense": matmul_dense,
+        "dequantize": dequantize,
+        "quantize": quantize,
+        "dropout": reference.dropout,
+    },
+    supports=supports,
+    detail=detail,
+    missing=missing,
+)
+
+
+@contextmanager
+def use_isa(name: str | None) -> Iterator[None]:
+    """Run the CPU kernels at instruction set level `name`, a member of `_cpu.isa_levels()`; None means the best.
+
+    It holds for the whole process. Raises ValueError naming the levels of this machine.
+    """
+    if _cpu is None:
+        raise RuntimeError(str(_missing))
+    before = _cpu.isa()
+    _cpu.set_isa(name)
+    try:
+        yield
+    finally:
+        _cpu.set_isa(before)

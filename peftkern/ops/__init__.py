@@ -1,0 +1,1 @@
+"""One file for each op: its checks, its autograd.Function, its library ops for torch.compile, its public function."""
