@@ -1,0 +1,340 @@
+// peftkern._cpu: tensors in, parameter structs out. What reaches a kernel has been checked here.
+#include <pthread.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdlib>
+#include <optional>
+#include <string>
+
+#include "cpu/dispatch.h"
+#include "cpu/isa.h"
+#include "tensor.h"
+
+namespace peftkern {
+namespace {
+
+// libgomp's worker threads do not survive fork() and a parallel region in the child would wait for them for
+// ever.
+bool forked = false;
+
+int checked_threads(int threads) {
+  constexpr int kMost = 1024;
+  if (threads < 1 || threads > kMost)
+    throw py::value_error(text("threads: expected 1 to ", kMost, ", got ", threads));
+  return forked ? 1 : threads;
+}
+
+int64_t integer(const char* name, py::handle object) {
+  if (!PyLong_Check(object.ptr()))
+    throw py::type_error(text(name, ": expected an int, got ", Py_TYPE(object.ptr())->tp_name));
+  const int64_t value = PyLong_AsLongLong(object.ptr());
+  if (value == -1 && PyErr_Occurred()) {
+    PyErr_Clear();
+    throw py::value_error(
+        text(name, ": expected an int of 64 bits, got ", py::str(object).cast<std::string>()));
+  }
+  return value;
+}
+
+int log2_blocksize(const char* name, int64_t blocksize) {
+  constexpr int kLowest = 5, kHighest = 12;
+  for (int log2 = kLowest; log2 <= kHighest; ++log2) {
+    if (blocksize == int64_t{1} << log2) return log2;
+  }
+  throw py::value_error(text(name, ": expected a power of two from 32 to 4096, got ", blocksize));
+}
+
+QuantType quant_type(const char* name, py::handle object) {
+  if (PyUnicode_Check(object.ptr())) {
+    if (PyUnicode_CompareWithASCIIString(object.ptr(), "nf4") == 0) return QuantType::nf4;
+    if (PyUnicode_CompareWithASCIIString(object.ptr(), "fp4") == 0) return QuantType::fp4;
+  }
+  throw py::value_error(
+      text(name, ": expected \"nf4\" or \"fp4\", got ", py::repr(object).cast<std::string>()));
+}
+
+int64_t blocks_of(int64_t numel, int log2) {
+  return (numel >> log2) + ((numel & ((int64_t{1} << log2) - 1)) != 0);
+}
+
+// (packed, absmax, nested or None, quant_type, blocksize, N, K), nested = (absmax, code, offset, blocksize)
+struct PackedWeight {
+  Weight4 weight;
+  int64_t n, k, numel;
+};
+
+PackedWeight packed_weight(py::handle object, const TensorView& out) {
+  PyObject* tuple = object.ptr();
+  if (!PyTuple_Check(tuple) || PyTuple_GET_SIZE(tuple) != 7)
+    throw py::type_error(
+        text("weight: expected (packed, absmax, nested, quant_type, blocksize, N, K), got a ",
+             Py_TYPE(tuple)->tp_name,
+             PyTuple_Check(tuple) ? text(" of ", PyTuple_GET_SIZE(tuple)) : std::string()));
+  const auto item = [&](int i) { return py::handle(PyTuple_GET_ITEM(tuple, i)); };
+  PackedWeight w;
+  w.weight.quant_type = quant_type("weight quant_type", item(3));
+  w.weight.log2_blocksize = log2_blocksize("weight blocksize", integer("weight blocksize", item(4)));
+  w.n = integer("weight N", item(5));
+  w.k = integer("weight K", item(6));
+  if (w.n < 0 || w.k < 0 || __builtin_mul_overflow(w.n, w.k, &w.numel))
+    throw py::value_error(
+        text("weight: expected N and K whose product fits 63 bits, got ", w.n, " and ", w.k));
+
+  const TensorView packed = view("weight packed", item(0));
+  expect_dtype(packed, {ScalarType::u8});
+  expect_flat(packed, w.numel / 2 + w.numel % 2);
+  expect_disjoint(out, packed);
+  w.weight.packed = static_cast<const uint8_t*>(packed.data);
+
+  const int64_t blocks = blocks_of(w.numel, w.weight.log2_blocksize);
+  const TensorView absmax = view("weight absmax", item(1));
+  Absmax& scale = w.weight.absmax;
+  if (item(2).is_none()) {
+    expect_dtype(absmax, {ScalarType::f32});
+    scale.values = static_cast<const float*>(absmax.data);
+  } else {
+    PyObject* nested = item(2).ptr();
+    if (!PyTuple_Check(nested) || PyTuple_GET_SIZE(nested) != 4)
+      throw py::type_error(text("weight nested: expected None or (absmax, code, offset, blocksize), got a ",
+                                Py_TYPE(nested)->tp_name));
+    const auto part = [&](int i) { return py::handle(PyTuple_GET_ITEM(nested, i)); };
+    expect_dtype(absmax, {ScalarType::u8});
+    scale.codes = static_cast<const uint8_t*>(absmax.data);
+    scale.log2_blocksize2 =
+        log2_blocksize("weight nested blocksize", integer("weight nested blocksize", part(3)));
+    const auto floats = [&](const char* name, py::handle tensor, int64_t count) {
+      const TensorView v = view(name, tensor);
+      expect_dtype(v, {ScalarType::f32});
+      expect_flat(v, count);
+      expect_disjoint(out, v);
+      return static_cast<const float*>(v.data);
+    };
+    scale.absmax2 = floats("weight nested absmax", part(0), blocks_of(blocks, scale.log2_blocksize2));
+    scale.code = floats("weight nested code", part(1), 256);
+    scale.offset = *floats("weight nested offset", part(2), 1);
+  }
+  expect_flat(absmax, blocks);
+  expect_disjoint(out, absmax);
+  return w;
+}
+
+void bind_matmul(py::handle out_object, py::handle x_object, py::handle weight, bool transposed, float alpha,
+                 py::handle t_object, py::handle u_object, py::handle bias_object, int threads) {
+  MatmulParams p;
+  p.threads = checked_threads(threads);
+  p.transposed = transposed;
+  p.alpha = alpha;
+
+  const TensorView out = matrix_view("out", out_object);
+  expect_no_self_overlap(out);
+  p.out = matrix(out);
+  p.rows = out.shape[0];
+  p.outputs = out.shape[1];
+
+  const TensorView x = matrix_view("x", x_object);
+  expect_disjoint(out, x);
+  p.x = matrix(x);
+  p.inner = x.shape[1];
+  expect_shape(x, {p.rows, p.inner});
+
+  if (PyTuple_Check(weight.ptr())) {
+    const PackedWeight w = packed_weight(weight, out);
+    p.weight4 = w.weight;
+    const int64_t outputs = transposed ? w.k : w.n, inner = transposed ? w.n : w.k;
+    if (outputs != p.outputs || inner != p.inner)
+      throw py::value_error(text("weight: expected ",
+                                 transposed ? "[inner, outputs] = [" : "[outputs, inner] = [",
+                                 transposed ? p.inner : p.outputs, ", ", transposed ? p.outputs : p.inner,
+                                 "] from the shapes of x and out, got [", w.n, ", ", w.k, "]"));
+  } else {
+    const TensorView dense = matrix_view("weight", weight);
+    expect_disjoint(out, dense);
+    if (transposed) {
+      expect_shape(dense, {p.inner, p.outputs});
+    } else {
+      expect_shape(dense, {p.outputs, p.inner});
+    }
+    p.dense = matrix(dense);
+  }
+
+  if (t_object.is_none() != u_object.is_none())
+    throw py::value_error(text("t, u: expected both or neither, got only ", t_object.is_none() ? "u" : "t"));
+  if (!t_object.is_none()) {
+    const TensorView t = matrix_view("t", t_object), u = matrix_view("u", u_object);
+    expect_disjoint(out, t);
+    expect_disjoint(out, u);
+    const int64_t rank = t.shape[1];
+    expect_shape(t, {p.rows, rank});
+    expect_shape(u, {p.outputs, rank});
+    if (rank) {
+      p.rank = rank;
+      p.t = matrix(t);
+      p.u = matrix(u);
+    }
+  }
+  if (!bias_object.is_none()) {
+    const TensorView bias = view("bias", bias_object);
+    float_dtype(bias);
+    expect_shape(bias, {p.outputs});
+    expect_disjoint(out, bias);
+    p.bias = matrix(bias);
+  }
+  if (out.numel == 0) return;
+  py::gil_scoped_release release;
+  matmul(p);
+}
+
+void bind_dequantize(py::handle out_object, py::handle weight, int threads) {
+  DequantizeParams p;
+  p.threads = checked_threads(threads);
+  const TensorView out = view("out", out_object);
+  p.out_dtype = float_dtype(out);
+  const PackedWeight w = packed_weight(weight, out);
+  expect_flat(out, w.numel);
+  p.weight = w.weight;
+  p.numel = w.numel;
+  p.out = out.data;
+  if (p.numel == 0) return;
+  py::gil_scoped_release release;
+  dequantize(p);
+}
+
+void bind_quantize(py::handle weight_object, py::handle packed_object, py::handle absmax_object,
+                   py::handle quant, int64_t blocksize, int threads) {
+  QuantizeParams p;
+  p.threads = checked_threads(threads);
+  p.quant_type = quant_type("quant_type", quant);
+  p.log2_blocksize = log2_blocksize("blocksize", blocksize);
+  const TensorView weight = view("weight", weight_object);
+  p.dtype = float_dtype(weight);
+  expect_flat(weight, weight.numel);
+  p.numel = weight.numel;
+  p.weight = weight.data;
+  const TensorView packed = view("packed", packed_object);
+  expect_dtype(packed, {ScalarType::u8});
+  expect_flat(packed, p.numel / 2 + p.numel % 2);
+  expect_disjoint(packed, weight);
+  p.packed = static_cast<uint8_t*>(packed.data);
+  const TensorView absmax = view("absmax", absmax_object);
+  expect_dtype(absmax, {ScalarType::f32});
+  expect_flat(absmax, blocks_of(p.numel, p.log2_blocksize));
+  expect_disjoint(absmax, weight);
+  expect_disjoint(absmax, packed);
+  p.absmax = static_cast<float*>(absmax.data);
+  if (p.numel == 0) return;
+  py::gil_scoped_release release;
+  quantize(p);
+}
+
+py::list levels(bool (*keep)(Isa)) {
+  py::list names;
+  for (Isa isa : kIsas) {
+    if (keep(isa)) names.append(isa_name(isa));
+  }
+  return names;
+}
+
+// `from` says where the name was given.
+void set_isa_named(const char* from, const std::string& name) {
+  for (Isa isa : kIsas) {
+    if (name == isa_name(isa) && isa_available(isa)) return set_active_isa(isa);
+  }
+  throw py::value_error(text(from, ": expected one of the levels available here, ",
+                             py::str(levels(isa_available)).cast<std::string>(), ", got '", name, "'"));
+}
+
+std::string kernel(const std::string& primitive, py::handle dtype_object) {
+  static constexpr std::pair<const char*, Primitive> kPrimitives[] = {{"matmul", Primitive::matmul},
+                                                                      {"dequantize", Primitive::dequantize},
+                                                                      {"quantize", Primitive::quantize}};
+  static constexpr std::pair<const char*, DType> kDTypes[] = {
+      {"float32", DType::f32}, {"bfloat16", DType::bf16}, {"float16", DType::f16}};
+  std::string dtype = py::str(dtype_object).cast<std::string>();
+  if (dtype.rfind("torch.", 0) == 0) dtype = dtype.substr(6);
+  for (const auto& [primitive_name, p] : kPrimitives) {
+    if (primitive != primitive_name) continue;
+    for (const auto& [dtype_name, d] : kDTypes) {
+      if (dtype == dtype_name) return isa_name(kernel_isa(p, d));
+    }
+    throw py::value_error(text("dtype: expected float32, bfloat16 or float16, got ", dtype));
+  }
+  throw py::value_error(text("primitive: expected matmul, dequantize or quantize, got ", primitive));
+}
+
+py::dict build_info() {
+  py::dict info;
+  info["compiler"] = PEFTKERN_COMPILER;
+  info["levels"] = levels(isa_built);
+#if defined(_OPENMP)
+  info["openmp"] = _OPENMP;
+#else
+  info["openmp"] = py::none();
+#endif
+#if defined(PEFTKERN_EMULATE_AMX)
+  info["emulated_amx"] = true;
+#else
+  info["emulated_amx"] = false;
+#endif
+#if defined(PEFTKERN_SANITIZE)
+  info["sanitizers"] = true;
+#else
+  info["sanitizers"] = false;
+#endif
+  return info;
+}
+
+void define(py::module_& m) {
+  import_torch();
+  if (const char* name = std::getenv("PEFTKERN_ISA"); name && *name) set_isa_named("PEFTKERN_ISA", name);
+  if (pthread_atfork(nullptr, nullptr, [] { forked = true; }) != 0) throw std::bad_alloc();
+
+  using py::arg;
+  m.def("matmul", bind_matmul, arg("out"), arg("x"), arg("weight"), arg("transposed").noconvert(),
+        arg("alpha"), arg("t"), arg("u"), arg("bias"), arg("threads"),
+        "out[m, o] = alpha * (sum_c x[m, c] w(o, c) + sum_r t[m, r] u[o, r]) + bias[o]");
+  m.def("dequantize", bind_dequantize, arg("out"), arg("weight"), arg("threads"),
+        "out[i] = round(code[q[i]] * absmax[i // blocksize]) over the flat index");
+  m.def("quantize", bind_quantize, arg("weight"), arg("packed"), arg("absmax"), arg("quant_type"),
+        arg("blocksize"), arg("threads"), "Writes packed and absmax from weight.");
+  m.def(
+      "isa_levels", [] { return levels(isa_available); }, "The levels this machine can run, worst to best.");
+  m.def("isa", [] { return isa_name(active_isa()); }, "The level in use.");
+  m.def(
+      "set_isa",
+      [](const std::optional<std::string>& name) {
+        if (name) {
+          set_isa_named("isa", *name);
+        } else {
+          set_active_isa(best_isa());
+        }
+      },
+      arg("name"), "Forces a level; None takes the best one again.");
+  m.def("kernel", kernel, arg("primitive"), arg("dtype"), "The level of the kernel that would run now.");
+  m.def("build_info", build_info, "How this module was built.");
+}
+
+}  // namespace
+}  // namespace peftkern
+
+// By hand instead of PYBIND11_MODULE: that would turn the ValueError of a bad PEFTKERN_ISA into an
+// ImportError.
+extern "C" PYBIND11_EXPORT PyObject* PyInit__cpu() {
+  namespace py = pybind11;
+  PYBIND11_CHECK_PYTHON_VERSION
+  PYBIND11_ENSURE_INTERNALS_READY
+  static PyModuleDef definition;
+  try {
+    py::module_ m =
+        py::module_::create_extension_module("_cpu", "The compiled CPU kernels of peftkern.", &definition);
+    peftkern::define(m);
+    return m.release().ptr();
+  } catch (py::error_already_set& e) {
+    e.restore();
+  } catch (const py::builtin_exception& e) {
+    e.set_error();
+  } catch (const std::exception& e) {
+    PyErr_SetString(PyExc_ImportError, e.what());
+  }
+  return nullptr;
+}

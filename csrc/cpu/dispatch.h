@@ -1,0 +1,23 @@
+// The kernels of the active ISA level, behind one function for each primitive.
+#pragma once
+
+#include "cpu/isa.h"
+#include "params.h"
+
+namespace peftkern {
+
+enum class Primitive { matmul, dequantize, quantize };
+
+void matmul(const MatmulParams& p);          // by p.x.dtype
+void dequantize(const DequantizeParams& p);  // by p.out_dtype
+void quantize(const QuantizeParams& p);      // by p.dtype
+
+// The level in use: the best available one until another is set. `isa` must be available.
+Isa active_isa();
+void set_active_isa(Isa isa);
+Isa best_isa();
+
+// The level of the row that runs now.
+Isa kernel_isa(Primitive primitive, DType dtype);
+
+}  // namespace peftkern

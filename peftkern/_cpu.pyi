@@ -1,0 +1,31 @@
+"""The compiled CPU kernels (csrc/bind_cpu.cpp). Every function checks what it is given: ValueError or TypeError."""
+
+from typing import Any
+
+from torch import Tensor, dtype
+
+# (absmax fp32, code fp32 [256], offset fp32 of one element, blocksize)
+_Nested = tuple[Tensor, Tensor, Tensor, int]
+# (packed, absmax, nested, quant_type, blocksize, N, K)
+_PackedWeight = tuple[Tensor, Tensor, _Nested | None, str, int, int, int]
+
+def matmul(
+    out: Tensor,
+    x: Tensor,
+    weight: Tensor | _PackedWeight,
+    transposed: bool,
+    alpha: float,
+    t: Tensor | None,
+    u: Tensor | None,
+    bias: Tensor | None,
+    threads: int,
+) -> None: ...
+def dequantize(out: Tensor, weight: _PackedWeight, threads: int) -> None: ...
+def quantize(
+    weight: Tensor, packed: Tensor, absmax: Tensor, quant_type: str, blocksize: int, threads: int
+) -> None: ...
+def isa_levels() -> list[str]: ...
+def isa() -> str: ...
+def set_isa(name: str | None) -> None: ...
+def kernel(primitive: str, dtype: dtype | str) -> str: ...
+def build_info() -> dict[str, Any]: ...
