@@ -22,7 +22,7 @@ except ImportError as error:
         raise error.__cause__ from None
     _missing = f"the extension peftkern._cpu is not available ({error})"
 
-_DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
 def missing() -> str | None:

@@ -1,4 +1,4 @@
-"""Every primitive in plain PyTorch, on any device and in any floating dtype: what the other backends are held to."""
+"""Every primitive in plain PyTorch, on any device: what the other backends are held to."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ from peftkern.backends import Backend, Call, Weight4
 from peftkern.formats import DoubleQuant, QuantizedWeight
 
 
-def _dense(weight: Weight4 | Tensor, dtype: torch.dtype) -> Tensor:
+def _weight(weight: Weight4 | Tensor) -> QuantizedWeight | Tensor:
     if isinstance(weight, Tensor):
-        return weight.to(dtype)
+        return weight
     packed, absmax, nested, quant_type, blocksize, rows, columns = weight
     double = None if nested is None else DoubleQuant(*nested)
-    quantized = QuantizedWeight(packed, absmax, (rows, columns), quant_type, blocksize, torch.float32, double)
-    return reference.dequantize_4bit(quantized, dtype)
+    return QuantizedWeight(packed, absmax, (rows, columns), quant_type, blocksize, torch.float32, double)
 
 
 def matmul(
@@ -29,15 +28,8 @@ def matmul(
     u: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> None:
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    w = _dense(weight, dtype)
-    y = x.to(dtype) @ (w if transposed else w.t())
-    if t is not None and u is not None:
-        y += t.to(dtype) @ u.to(dtype).t()
-    y *= alpha
-    if bias is not None:
-        y += bias.to(dtype)
-    out.copy_(y)
+    # in fp32 up to here: out's dtype may be wider than x's
+    out.copy_(reference.matmul(x.float(), _weight(weight), transposed, alpha, t, u, bias))
 
 
 def matmul_dense(
@@ -53,7 +45,9 @@ def matmul_dense(
 
 
 def dequantize(out: Tensor, weight: Weight4) -> None:
-    out.copy_(_dense(weight, out.dtype).view(out.shape))
+    quantized = _weight(weight)
+    assert isinstance(quantized, QuantizedWeight)
+    out.copy_(reference.dequantize_4bit(quantized, out.dtype).view(out.shape))
 
 
 def quantize(weight: Tensor, packed: Tensor, absmax: Tensor, quant_type: str, blocksize: int) -> None:
@@ -63,7 +57,7 @@ def quantize(weight: Tensor, packed: Tensor, absmax: Tensor, quant_type: str, bl
 
 
 def dropout(out: Tensor, x: Tensor, p: float, seed: Tensor) -> None:
-    torch.where(reference.dropout_mask(x.shape, p, seed), x / (1.0 - p), 0.0, out=out)
+    torch.where(reference.dropout_mask(seed, x.shape, p, x.device), x, torch.zeros((), dtype=x.dtype), out=out)
 
 
 BACKEND = Backend(

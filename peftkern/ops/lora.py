@@ -1,0 +1,346 @@
+"""lora_linear: the frozen product with its low-rank adapter as addend; lora_delta and merge."""
+
+from __future__ import annotations
+
+import numbers
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+
+from peftkern import dispatch, reference
+from peftkern.backends import Call
+from peftkern.formats import QuantizedWeight
+from peftkern.ops.linear import (
+    WeightSpec,
+    WeightTensors,
+    as_rows,
+    autocast_dtype,
+    base_matmul,
+    check_tensor,
+    check_x,
+    dropout as apply_dropout,
+    flatten_weight,
+    is_direct,
+    no_double_backward,
+    refuse,
+    thin_matmul,
+)
+from peftkern.ops.quantize import dequantize_4bit, quantize_4bit
+
+_FLOAT32_MAX = float(torch.finfo(torch.float32).max)
+
+
+def _alpha(scaling: float, p: float) -> float:
+    """s / (1 - p): dropout's scale rides along with the adapter's, so that the mask itself rounds nothing."""
+    return scaling / (1.0 - p) if p < 1.0 else 0.0
+
+
+def _forward(
+    traced: bool,
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    weight: WeightTensors,
+    spec: WeightSpec,
+    scaling: float,
+    p: float,
+) -> tuple[Tensor, Tensor]:
+    """Y [..., N] and T = s · dropout(X) Aᵀ [M, R], rounded to x's dtype."""
+    rows = as_rows(x, A.shape[1])
+    thin = rows if seed is None else apply_dropout(traced, rows, p, seed)
+    T = thin_matmul(traced, thin, A, False, _alpha(scaling, p))
+    y = base_matmul(traced, rows, weight, spec, False, T, B, bias)
+    return (y if x.dim() == 2 else y.view(*x.shape[:-1], B.shape[0])), T
+
+
+def _save(
+    ctx: Any,
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    weight: WeightTensors,
+    spec: WeightSpec,
+    scaling: float,
+    p: float,
+    T: Tensor,
+) -> None:
+    """Only what the gradients that are asked for will read."""
+    needs_x, needs_A, needs_B, _, _, needs_W = ctx.needs_input_grad[:6]
+    ctx.spec, ctx.scaling, ctx.p = spec, scaling, p
+    ctx.A_dtype, ctx.B_dtype = A.dtype, B.dtype
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.save_for_backward(
+        x if needs_A or needs_W else None,
+        A if needs_x else None,
+        B if needs_x or needs_A else None,
+        T if needs_B else None,
+        seed,
+        *(weight if needs_x else (None,) * 5),
+    )
+
+
+def _backward(ctx: Any, traced: bool, grad: Tensor) -> tuple[Any, ...]:
+    x, A, B, T, seed, *weight = ctx.saved_tensors
+    needs_x, needs_A, needs_B, needs_bias, _, needs_W = ctx.needs_input_grad[:6]
+    dY = grad if grad.dim() == 2 else grad.reshape(-1, grad.shape[-1])
+    dx = dA = dB = dbias = dW = None
+    if needs_B:
+        dB = thin_matmul(traced, T.t(), dY, True, 1.0, ctx.B_dtype, columns_first=True)  # [N, R]
+    if needs_x or needs_A:
+        G = thin_matmul(traced, dY, B, True, _alpha(ctx.scaling, ctx.p))  # s/(1-p) · dY B, [M, R]
+    if needs_A or needs_W:
+        rows = as_rows(x, x.shape[-1])
+    if needs_A:
+        thin = rows if seed is None else apply_dropout(traced, rows, ctx.p, seed)
+        dA = thin_matmul(traced, G.t(), thin, True, 1.0, ctx.A_dtype)  # Gᵀ X, [R, K]
+    if needs_x:
+        if seed is None:
+            dx = base_matmul(traced, dY, weight, ctx.spec, True, G, A.t())
+        else:
+            # the mask falls between the adapter's product and the sum
+            dx = base_matmul(traced, dY, weight, ctx.spec, True)
+            dx = dx + apply_dropout(traced, thin_matmul(traced, G, A, True), ctx.p, seed)
+        if grad.dim() != 2:
+            dx = dx.view(*grad.shape[:-1], dx.shape[-1])
+    if needs_bias:
+        dbias = dY.sum(0, dtype=ctx.bias_dtype)
+    if needs_W:
+        dW = torch.mm(dY.t(), rows)
+    return dx, dA, dB, dbias, None, dW, *_NONES
+
+
+_NONES = (None,) * 7  # for absmax, absmax2, code, offset, spec, scaling, p
+
+
+class _LoraLinear(torch.autograd.Function):
+    """Direct."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        x: Tensor,
+        A: Tensor,
+        B: Tensor,
+        bias: Tensor | None,
+        seed: Tensor | None,
+        w: Tensor,
+        absmax: Tensor | None,
+        absmax2: Tensor | None,
+        code: Tensor | None,
+        offset: Tensor | None,
+        spec: WeightSpec,
+        scaling: float,
+        p: float,
+    ) -> Tensor:
+        weight = (w, absmax, absmax2, code, offset)
+        y, T = _forward(False, x, A, B, bias, seed, weight, spec, scaling, p)
+        _save(ctx, x, A, B, bias, seed, weight, spec, scaling, p, T)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        if torch.is_grad_enabled():
+            no_double_backward(grad, "lora_linear")
+        return _backward(ctx, not is_direct(grad), grad)
+
+
+class _LoraLinearTraced(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        x: Tensor,
+        A: Tensor,
+        B: Tensor,
+        bias: Tensor | None,
+        seed: Tensor | None,
+        w: Tensor,
+        absmax: Tensor | None,
+        absmax2: Tensor | None,
+        code: Tensor | None,
+        offset: Tensor | None,
+        spec: WeightSpec,
+        scaling: float,
+        p: float,
+    ) -> tuple[Tensor, Tensor]:
+        return _forward(True, x, A, B, bias, seed, (w, absmax, absmax2, code, offset), spec, scaling, p)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:  # type: ignore[override]
+        x, A, B, bias, seed, w, absmax, absmax2, code, offset, spec, scaling, p = inputs
+        ctx.mark_non_differentiable(output[1])
+        _save(ctx, x, A, B, bias, seed, (w, absmax, absmax2, code, offset), spec, scaling, p, output[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        return _backward(ctx, True, grad)
+
+
+def check_scaling(scaling: float) -> None:
+    if not isinstance(scaling, (float, int)) and not isinstance(scaling, numbers.Real):
+        raise TypeError(f"scaling: expected a number, got {type(scaling).__name__}")
+    if not -_FLOAT32_MAX <= scaling <= _FLOAT32_MAX:
+        raise ValueError(f"scaling: expected a finite number in float32's range, got {scaling}")
+
+
+def check_dropout(dropout: float) -> None:
+    if not isinstance(dropout, (float, int)) and not isinstance(dropout, numbers.Real):
+        raise TypeError(f"dropout: expected a number, got {type(dropout).__name__}")
+    if not 0.0 <= dropout <= 1.0:
+        raise ValueError(f"dropout: expected a probability in [0, 1], got {dropout}")
+
+
+def check_adapter(lora_A: Tensor, lora_B: Tensor, columns: int, rows: int, device: torch.device) -> None:
+    if not isinstance(lora_A, Tensor) or lora_A.dim() != 2:
+        refuse("lora_A", lora_A, f"shape [R, {columns}]", None, device)
+    rank = lora_A.shape[0]
+    check_tensor("lora_A", lora_A, (rank, columns), device)
+    check_tensor("lora_B", lora_B, (rows, rank), device)
+
+
+def _check(
+    x: Tensor,
+    weight: QuantizedWeight | Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    bias: Tensor | None,
+    dropout: float,
+) -> torch.dtype:
+    """Raises for anything that the op does not take; returns the dtype to compute in."""
+    if isinstance(weight, QuantizedWeight):
+        rows, columns = weight.shape
+        device = weight.packed.device
+        check_x(x, columns, device)
+        dtype = autocast_dtype(device, x.dtype)
+    elif isinstance(weight, Tensor):
+        if weight.dim() != 2:
+            refuse("weight", weight, "a QuantizedWeight or shape [N, K]", None, None)
+        rows, columns = weight.shape
+        device = weight.device
+        check_tensor("weight", weight, (rows, columns), device)
+        check_x(x, columns, device)
+        dtype = autocast_dtype(device, x.dtype)
+        if weight.dtype is not x.dtype and dtype is x.dtype:
+            refuse("weight", weight, "", x.dtype, device)
+    else:
+        raise TypeError(f"weight: expected a tensor or a QuantizedWeight, got {type(weight).__name__}")
+    check_adapter(lora_A, lora_B, columns, rows, device)
+    if bias is not None:
+        check_tensor("bias", bias, (rows,), device)
+    check_scaling(scaling)
+    check_dropout(dropout)
+    return dtype
+
+
+def lora_linear(
+    x: Tensor,
+    weight: QuantizedWeight | Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float = 1.0,
+    bias: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Y = X Wᵀ + s · dropout(X) Aᵀ Bᵀ + b, the adapter added inside the frozen product: Y is written once.
+
+    x [..., K] fp32, bf16 or fp16, any strides, any batch shape, empty too; weight a dense [N, K] of x's dtype or a
+    QuantizedWeight; lora_A [R, K], lora_B [N, R] and bias [N] of any of these dtypes (PEFT keeps adapters in fp32
+    beside a bf16 x). Returns [..., N] of x's dtype, contiguous.
+
+    T = s · dropout(X) Aᵀ is rounded to x's dtype; every sum runs in fp32. With a dense W, torch's own GEMM adds to the
+    addend, which costs one more rounding to x's dtype.
+
+    Backward, with G = s · dY B: dX = dY W + G A, dA = Gᵀ X, dB = dYᵀ T, dbias = Σ dY, each in its own parameter's
+    dtype, and only those that are asked for. A QuantizedWeight is frozen; a dense W that requires grad gets dW = dYᵀ X.
+    Saved: x, A, B, T and the weight by reference, never a dequantized W. First derivatives in reverse mode only: double
+    backward and forward mode raise RuntimeError.
+
+    dropout acts on the adapter's input alone, always (training or not is the caller's business). Its seed is drawn from
+    torch's generator of x's device, so manual_seed repeats it and checkpointing replays it; backward rebuilds the mask
+    from the seed. Under torch.autocast x and a dense W are cast as F.linear casts them; the adapters are brought to
+    that dtype inside the product and keep their own dtype for their gradients.
+
+    Raises TypeError or ValueError naming the argument; RuntimeError when a forced backend cannot run the call.
+    Method: LoRA, Hu et al., arXiv 2106.09685; QLoRA, Dettmers et al., arXiv 2305.14314.
+    """
+    dtype = _check(x, weight, lora_A, lora_B, scaling, bias, dropout)
+    if dtype is not x.dtype:
+        x = x.to(dtype)
+    if isinstance(weight, Tensor) and weight.dtype is not dtype:
+        weight = weight.to(dtype)
+    tensors, spec = flatten_weight(weight)
+    seed = None if dropout == 0.0 else torch.randint(-(1 << 63), (1 << 63) - 1, (), device=x.device)
+    if not is_direct(x, lora_A, lora_B, bias, *tensors):
+        y, _ = _LoraLinearTraced.apply(x, lora_A, lora_B, bias, seed, *tensors, spec, scaling, dropout)
+        return y  # type: ignore[no-any-return]
+    if torch.is_grad_enabled() and (
+        x.requires_grad
+        or lora_A.requires_grad
+        or lora_B.requires_grad
+        or (bias is not None and bias.requires_grad)
+        or (spec is None and tensors[0].requires_grad)
+    ):
+        return _LoraLinear.apply(x, lora_A, lora_B, bias, seed, *tensors, spec, scaling, dropout)  # type: ignore[no-any-return]
+    return _forward(False, x, lora_A, lora_B, bias, seed, tensors, spec, scaling, dropout)[0]
+
+
+def _calls(
+    x: Tensor,
+    weight: QuantizedWeight | Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float = 1.0,
+    bias: Tensor | None = None,
+    dropout: float = 0.0,
+) -> tuple[Call, ...]:
+    dtype = _check(x, weight, lora_A, lora_B, scaling, bias, dropout)
+    primitives = ["matmul"] if isinstance(weight, QuantizedWeight) else ["matmul_dense", "matmul"]
+    if dropout:
+        primitives.append("dropout")
+    return tuple(Call(primitive, x.device, dtype) for primitive in primitives)
+
+
+dispatch.CALLS["lora_linear"] = _calls
+
+
+def lora_delta(lora_A: Tensor, lora_B: Tensor, scaling: float = 1.0) -> Tensor:
+    """ΔW = s · B A: what the adapter adds to W.
+
+    lora_A [R, K], lora_B [N, R], fp32, bf16 or fp16. Returns [N, K] in the two dtypes' common one, summed in fp32 and
+    rounded once; differentiable to any order. Raises TypeError or ValueError naming the argument.
+    """
+    if not isinstance(lora_A, Tensor) or lora_A.dim() != 2:
+        refuse("lora_A", lora_A, "shape [R, K]", None, None)
+    if not isinstance(lora_B, Tensor) or lora_B.dim() != 2:
+        refuse("lora_B", lora_B, "shape [N, R]", None, None)
+    check_adapter(lora_A, lora_B, lora_A.shape[1], lora_B.shape[0], lora_A.device)
+    check_scaling(scaling)
+    return reference.lora_delta(lora_A, lora_B, scaling)
+
+
+@overload
+def merge(weight: Tensor, delta: Tensor) -> Tensor: ...
+@overload
+def merge(weight: QuantizedWeight, delta: Tensor) -> QuantizedWeight: ...
+def merge(weight: QuantizedWeight | Tensor, delta: Tensor) -> QuantizedWeight | Tensor:
+    """W + ΔW, summed in fp32, as the same kind of weight; `weight` itself stays as it is.
+
+    A dense weight [N, K] gives a dense one of its dtype, differentiable. A QuantizedWeight is re-quantized with its own
+    settings (quant_type, blocksize, double quantization, dtype): the merged weight carries a fresh quantization error, as
+    QLoRA's merge does. delta [N, K], fp32, bf16 or fp16. Raises TypeError or ValueError naming the argument.
+    """
+    if isinstance(weight, QuantizedWeight):
+        check_tensor("delta", delta, weight.shape, weight.packed.device)
+        merged = dequantize_4bit(weight, torch.float32) + delta.detach()
+        return quantize_4bit(merged.to(weight.dtype), weight.quant_type, weight.blocksize, weight.nested is not None)
+    if not isinstance(weight, Tensor) or weight.dim() != 2:
+        refuse("weight", weight, "a QuantizedWeight or shape [N, K]", None, None)
+    check_tensor("weight", weight, tuple(weight.shape), weight.device)
+    check_tensor("delta", delta, tuple(weight.shape), weight.device)
+    return reference.merge(weight, delta)
