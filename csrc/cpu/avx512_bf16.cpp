@@ -1,0 +1,63 @@
+#define PEFTKERN_ISA avx512_bf16
+#include "cpu/vec_avx512.h"
+
+#include "cpu/matmul_bf16.inl"
+
+namespace peftkern::PEFTKERN_ISA {
+namespace {
+
+struct Bf16Kernel : Bf16Panels {
+  static constexpr int kLanes = 16;
+  static constexpr int kAccumulators = 24;
+  static constexpr int kMaxVectors = 4;
+  static constexpr int kDepth = 256;
+  static constexpr int kPanelRows = 48;
+  static constexpr int kPanelColumns = 128;
+  static constexpr int kMaxRows = 384;
+  static constexpr int kRowSplit = 48;
+  static constexpr int kAlignPlain = 2;
+  static constexpr int kAlignTransposed = 2;
+  static constexpr double kSerialWork = 1 << 18;
+
+  static void decode_pairs(const Weight4& w, int64_t row0, int64_t n, int64_t depth, int64_t width, int64_t o0,
+                           int64_t outputs, Bf16* panel) {
+    Bf16Panels::decode_pairs<kPanelColumns>(w, row0, n, depth, width, o0, outputs, panel);
+  }
+
+  template <int R, int V>
+  static void tile(int64_t pairs, const Bf16* a, int64_t a_stride, const Bf16* b, int64_t b_stride, float* c,
+                   int64_t c_stride, bool empty) {
+    __m512 sum[R][V];
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < V; ++v)
+        sum[r][v] = empty ? _mm512_setzero_ps() : _mm512_loadu_ps(c + r * c_stride + v * kLanes);
+    for (int64_t q = 0; q < pairs; ++q, a += 2, b += b_stride) {
+      __m512i column[V];
+      for (int v = 0; v < V; ++v) column[v] = _mm512_loadu_si512(b + 2 * v * kLanes);
+      for (int r = 0; r < R; ++r) {
+        int32_t pair;
+        std::memcpy(&pair, a + r * a_stride, 4);
+        const __m512bh x = reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair));
+        for (int v = 0; v < V; ++v)
+          sum[r][v] = _mm512_dpbf16_ps(sum[r][v], x, reinterpret_cast<__m512bh>(column[v]));
+      }
+    }
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < V; ++v) _mm512_storeu_ps(c + r * c_stride + v * kLanes, sum[r][v]);
+  }
+
+  static void multiply(int64_t rows, int64_t vectors, int64_t pairs, const Bf16* a, int64_t a_stride, const Bf16* b,
+                       int64_t b_stride, float* c, int64_t c_stride, bool empty) {
+    multiply_tiles<Bf16Kernel>(rows, vectors, pairs, a, a_stride, b, b_stride, c, c_stride, empty);
+  }
+};
+
+}  // namespace
+
+void matmul_bf16(const MatmulParams& p) {
+  if (p.rows == 0 || p.outputs == 0) return;
+  if (dot_applies(p, 8)) return run_dot_bf16(p);
+  Matmul<Bf16Kernel>(p).run();
+}
+
+}  // namespace peftkern::PEFTKERN_ISA

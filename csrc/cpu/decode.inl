@@ -1,0 +1,120 @@
+// Reading matrices: strided rows of any dtype, and rows of 4-bit weights in natural order.
+#pragma once
+
+#include <cstdint>
+
+#include "format.h"
+#include "params.h"
+
+namespace peftkern::PEFTKERN_ISA {
+namespace {
+
+template <class T>
+inline T min_of(T a, T b) {
+  return b < a ? b : a;
+}
+template <class T>
+inline T max_of(T a, T b) {
+  return a < b ? b : a;
+}
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+// absmax[i], nested or not: product, then sum, each rounded.
+inline float absmax_at(const Absmax& a, int64_t i) {
+  if (a.values) return a.values[i];
+  return a.code[a.codes[i]] * a.absmax2[i >> a.log2_blocksize2] + a.offset;
+}
+
+// absmax[first … first + n): in place when it is stored plain, else decoded into buffer [n].
+inline const float* absmax_range(const Absmax& a, int64_t first, int64_t n, float* buffer) {
+  if (a.values) return a.values + first;
+  int64_t i = first;
+  const int64_t end = first + n;
+  while (i < end) {
+    const int64_t block = i >> a.log2_blocksize2;
+    const int64_t stop = min_of(end, (block + 1) << a.log2_blocksize2);
+    const Vec scale = set1(a.absmax2[block]);
+    const Vec offset = set1(a.offset);
+    for (; i + Vec::kWidth <= stop; i += Vec::kWidth)
+      store(buffer + (i - first), add(mul(gather_codes(a.code, a.codes + i), scale), offset));
+    for (; i < stop; ++i) buffer[i - first] = absmax_at(a, i);
+  }
+  return buffer;
+}
+
+// out[i] = round(code[q] * absmax) for the n weights from flat index start on; T is float, Bf16 or F16.
+template <class T>
+inline void decode_range(const Weight4& w, CodeTable table, int64_t start, int64_t n, T* out) {
+  const float* code = code_table(w.quant_type);
+  int64_t i = start;
+  const int64_t end = start + n;
+  while (i < end) {
+    const int64_t block = i >> w.log2_blocksize;
+    const int64_t stop = min_of(end, (block + 1) << w.log2_blocksize);
+    const float absmax = absmax_at(w.absmax, block);
+    if (i & 1) {
+      from_float(out++, code[nibble(w.packed, i)] * absmax);
+      ++i;
+    }
+    const Vec scale = set1(absmax);
+    for (; i + Vec::kWidth <= stop; i += Vec::kWidth, out += Vec::kWidth)
+      store(out, mul(lookup(table, w.packed + (i >> 1)), scale));
+    for (; i < stop; ++i) from_float(out++, code[nibble(w.packed, i)] * absmax);
+  }
+}
+
+template <class S, class D>
+inline void convert_row(const S* src, int64_t stride, int64_t n, D* dst) {
+  int64_t i = 0;
+  if (stride == 1) {
+    for (; i + Vec::kWidth <= n; i += Vec::kWidth) store(dst + i, load(src + i));
+    if (i < n) store_n(dst + i, load_n(src + i, static_cast<int>(n - i)), static_cast<int>(n - i));
+    return;
+  }
+  for (; i < n; ++i) from_float(dst + i, to_float(src[i * stride]));
+}
+inline void convert_row(const Bf16* src, int64_t stride, int64_t n, Bf16* dst) {
+  if (stride == 1) {
+    std::memcpy(dst, src, static_cast<size_t>(n) * sizeof(Bf16));
+    return;
+  }
+  for (int64_t i = 0; i < n; ++i) dst[i] = src[i * stride];
+}
+
+// dst[j] = a[i, j0 + j] for j < n
+template <class D>
+inline void read_row(const Matrix& a, int64_t i, int64_t j0, int64_t n, D* dst) {
+  const int64_t at = i * a.stride0 + j0 * a.stride1;
+  switch (a.dtype) {
+    case DType::f32: return convert_row(static_cast<const float*>(a.data) + at, a.stride1, n, dst);
+    case DType::bf16: return convert_row(static_cast<const Bf16*>(a.data) + at, a.stride1, n, dst);
+    case DType::f16: return convert_row(static_cast<const F16*>(a.data) + at, a.stride1, n, dst);
+  }
+}
+
+template <class T>
+inline void write_row(T* dst, int64_t stride, const float* src, int64_t n) {
+  int64_t i = 0;
+  if (stride == 1) {
+    for (; i + Vec::kWidth <= n; i += Vec::kWidth) store(dst + i, load(src + i));
+    if (i < n) store_n(dst + i, load_n(src + i, static_cast<int>(n - i)), static_cast<int>(n - i));
+    return;
+  }
+  for (; i < n; ++i) from_float(dst + i * stride, src[i]);
+}
+
+// a[i, j0 + j] = src[j] for j < n
+inline void write_row(const Matrix& a, int64_t i, int64_t j0, const float* src, int64_t n) {
+  const int64_t at = i * a.stride0 + j0 * a.stride1;
+  switch (a.dtype) {
+    case DType::f32: return write_row(static_cast<float*>(a.data) + at, a.stride1, src, n);
+    case DType::bf16: return write_row(static_cast<Bf16*>(a.data) + at, a.stride1, src, n);
+    case DType::f16: return write_row(static_cast<F16*>(a.data) + at, a.stride1, src, n);
+  }
+}
+
+inline Matrix transposed(const Matrix& a) { return {a.data, a.dtype, a.stride1, a.stride0}; }
+
+}  // namespace
+}  // namespace peftkern::PEFTKERN_ISA

@@ -1,0 +1,330 @@
+// out[m, o] = alpha * (sum_c x[m, c] w(o, c) + sum_r t[m, r] u[o, r]) + bias[o]          (MatmulParams)
+//
+// One blocked algorithm for every ISA, dtype and direction. A kernel type K multiplies
+//     C[i, j] += sum_p A[i, p] B[p, j]        A: rows, each with its contraction contiguous
+//                                             B: kPair-interleaved rows, [p / kPair][j][kPair]
+// and the two directions only choose which side the weight stands on:
+//     plain        A = rows o of W,  B = x packed once per call,  C = outᵀ      the decoded W stays row-major
+//     transposed   A = rows m of x,  B = W's rows c in pairs,     C = out
+// The addend is a last chunk of the contraction (x continues with t, W with u), so it costs rank / inner and no pass
+// over out. W is decoded one panel at a time into a buffer that fits the L2 cache and serves every row of x; nothing
+// of it outlives the call.
+//
+// A contraction is never split between threads and its order is a function of the shape alone: the same bits
+// whatever the number of threads. Rows of x meet only as lanes, never in a sum.
+//
+//   floor      2 * rows * inner * outputs flops at the peak of the multiply, or inner * outputs / 2 bytes of memory
+//   overhead   decode ≈ 9 cycles per 128 weights per block of kMaxRows rows of x: 2 % of the multiply at 256 rows
+#pragma once
+
+#include <omp.h>
+
+#include <cstddef>
+
+#include "cpu/decode.inl"
+#include "cpu/scratch.h"
+
+namespace peftkern::PEFTKERN_ISA {
+namespace {
+
+// Where a panel's values come from: the base weight, then the addend's u.
+struct Segment {
+  Matrix x;         // x or t
+  Matrix dense;     // [outputs, length] as w(o, c): dense W or u; unused when four_bit
+  bool four_bit;
+  bool reordered;   // the panel is in K's own order, see K::kGroup
+  int64_t length;
+  int64_t padded;
+};
+
+template <class K>
+class Matmul {
+  using Elem = typename K::Elem;
+  static constexpr int kPair = K::kPair;
+  static constexpr int kLanes = K::kLanes;
+  static constexpr int kDepth = K::kDepth;            // contraction per chunk
+  static constexpr int kRowStride = kDepth + 64 / static_cast<int>(sizeof(Elem));  // A's rows: no two on one cache set
+
+ public:
+  explicit Matmul(const MatmulParams& params) : p(params), table(code_registers(code_table(p.weight4.quant_type))) {
+    const bool four_bit = p.weight4.packed != nullptr;
+    const bool reordered = four_bit && K::reorders(p);
+    const int64_t align = p.transposed ? K::kAlignTransposed : (reordered ? K::kGroup : K::kAlignPlain);
+    const Matrix dense = p.transposed ? transposed(p.dense) : p.dense;
+    segments[0] = {p.x, dense, four_bit, reordered, p.inner, round_up(p.inner, align)};
+    const int64_t align_u = p.transposed ? K::kAlignTransposed : K::kAlignPlain;
+    segments[1] = {p.t, p.u, false, false, p.rank, round_up(p.rank, align_u)};
+    block_rows = min_of<int64_t>(p.rows, K::kMaxRows);
+    block_pad = p.transposed ? block_rows : round_up(block_rows, kLanes);
+    panel_outputs = p.transposed ? K::kPanelColumns : K::kPanelRows;
+  }
+
+  void run() {
+    const int64_t panels = ceil_div(p.outputs, panel_outputs);
+    const double work = static_cast<double>(p.rows) * static_cast<double>(p.outputs) *
+                        static_cast<double>(p.inner + p.rank);
+    const int threads = work < K::kSerialWork ? 1 : p.threads;
+    // Few outputs: the rows of x are what there is to share out.
+    const int64_t row_groups = ceil_div(block_rows, K::kRowSplit);
+    const int64_t row_splits = panels >= 4 * threads ? 1 : min_of<int64_t>(row_groups, threads);
+
+    const int64_t x_elems = p.transposed ? chunks() * block_rows * kRowStride
+                                         : (segments[0].padded + segments[1].padded) * block_pad;
+    const size_t x_bytes = align64(static_cast<size_t>(x_elems) * sizeof(Elem));
+    const size_t panel_bytes = align64(static_cast<size_t>(p.transposed ? kDepth * K::kPanelColumns
+                                                                        : K::kPanelRows * kRowStride) * sizeof(Elem));
+    const int64_t c_floats = p.transposed ? block_rows * K::kPanelColumns : K::kPanelRows * block_pad;
+    const size_t c_bytes = align64(static_cast<size_t>(c_floats) * sizeof(float));
+    const int64_t scale_floats = scales_per_row() * (p.transposed ? 0 : K::kPanelRows);
+    const size_t scale_bytes = align64(static_cast<size_t>(scale_floats) * sizeof(float));
+    const size_t per_thread = panel_bytes + c_bytes + scale_bytes;
+    char* memory = static_cast<char*>(scratch(x_bytes + per_thread * static_cast<size_t>(threads)));
+    x_packed = reinterpret_cast<Elem*>(memory);
+    char* first = memory + x_bytes;
+
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+      char* mine = first + per_thread * static_cast<size_t>(omp_get_thread_num());
+      Workspace w = {reinterpret_cast<Elem*>(mine), reinterpret_cast<float*>(mine + panel_bytes),
+                     reinterpret_cast<float*>(mine + panel_bytes + c_bytes)};
+      for (int64_t m0 = 0; m0 < p.rows; m0 += block_rows) {
+        const int64_t rows = min_of(block_rows, p.rows - m0);
+        const int64_t pack_unit = p.transposed ? 8 : kLanes;
+#pragma omp for schedule(static)
+        for (int64_t g = 0; g < ceil_div(rows, pack_unit); ++g) {
+          const int64_t end = min_of((g + 1) * pack_unit, p.transposed ? rows : round_up(rows, kLanes));
+          p.transposed ? pack_rows(m0, rows, g * pack_unit, end) : pack_columns(m0, rows, g * pack_unit);
+        }
+#pragma omp for schedule(dynamic)
+        for (int64_t task = 0; task < panels * row_splits; ++task) {
+          const int64_t panel = task / row_splits;
+          const int64_t split = task % row_splits;
+          const int64_t groups = ceil_div(rows, K::kRowSplit);
+          const int64_t begin = groups * split / row_splits * K::kRowSplit;
+          const int64_t end = min_of(groups * (split + 1) / row_splits * K::kRowSplit, rows);
+          const int64_t o0 = panel * panel_outputs;
+          const int64_t outputs = min_of(panel_outputs, p.outputs - o0);
+          if (begin < end) p.transposed ? panel_transposed(w, m0, begin, end, o0, outputs)
+                                        : panel_plain(w, m0, begin, end, o0, outputs);
+        }
+      }
+    }
+  }
+
+ private:
+  struct Workspace {
+    Elem* panel;
+    float* c;
+    float* scales;
+  };
+
+  static size_t align64(size_t bytes) { return (bytes + 63) & ~static_cast<size_t>(63); }
+  int64_t chunks() const { return ceil_div(segments[0].padded, kDepth) + ceil_div(segments[1].padded, kDepth); }
+  // Blocks that a row of W touches, when absmax must be decoded first.
+  int64_t scales_per_row() const {
+    return p.weight4.packed && p.weight4.absmax.codes ? (p.inner >> p.weight4.log2_blocksize) + 2 : 0;
+  }
+
+  // B operand: rows m of x become lanes. x_packed[q][m][kPair], q over both segments; missing rows are zero.
+  void pack_columns(int64_t m0, int64_t rows, int64_t group) {
+    constexpr int kBlock = 64;
+    constexpr int kWords = kBlock / kPair;
+    alignas(64) Elem rows_in[kLanes][kBlock];
+    alignas(64) float words_out[kWords][kLanes];
+    static_assert(sizeof(Elem) * kPair == 4, "a lane is one 32-bit word");
+    const int64_t stride = block_pad * kPair;
+    Elem* dst = x_packed + group * kPair;
+    for (const Segment& s : segments) {
+      for (int64_t c = 0; c < s.padded; c += kBlock) {
+        const int64_t n = max_of<int64_t>(0, min_of<int64_t>(kBlock, s.length - c));
+        for (int r = 0; r < kLanes; ++r) {
+          const int64_t valid = group + r < rows ? n : 0;
+          if (valid) read_row(s.x, m0 + group + r, c, valid, rows_in[r]);
+          std::memset(rows_in[r] + valid, 0, static_cast<size_t>(kBlock - valid) * sizeof(Elem));
+          if (s.reordered) K::reorder(rows_in[r]);
+        }
+        for (int word = 0; word < kWords; word += Vec::kWidth)
+          for (int r = 0; r < kLanes; r += Vec::kWidth)
+            transpose(reinterpret_cast<const float*>(rows_in[r]) + word, kWords, &words_out[word][r], kLanes);
+        const int64_t words = min_of<int64_t>(kBlock, s.padded - c) / kPair;
+        for (int64_t word = 0; word < words; ++word, dst += stride)
+          std::memcpy(dst, words_out[word], sizeof(words_out[word]));
+      }
+    }
+  }
+
+  // A operand: x_packed[chunk][m][kRowStride], the tail of each chunk zero.
+  void pack_rows(int64_t m0, int64_t rows, int64_t begin, int64_t end) {
+    Elem* chunk = x_packed;
+    (void)rows;
+    for (const Segment& s : segments) {
+      for (int64_t c = 0; c < s.padded; c += kDepth, chunk += block_rows * kRowStride) {
+        const int64_t depth = min_of<int64_t>(kDepth, s.padded - c);
+        const int64_t n = max_of<int64_t>(0, min_of(depth, s.length - c));
+        for (int64_t m = begin; m < end; ++m) {
+          Elem* row = chunk + m * kRowStride;
+          read_row(s.x, m0 + m, c, n, row);
+          std::memset(row + n, 0, static_cast<size_t>(depth - n) * sizeof(Elem));
+        }
+      }
+    }
+  }
+
+  void panel_plain(Workspace& w, int64_t m0, int64_t begin, int64_t end, int64_t o0, int64_t outputs) {
+    const int64_t vectors = ceil_div(end - begin, kLanes);
+    const float* scales[K::kPanelRows];
+    if (p.weight4.packed) {
+      const int64_t per_row = scales_per_row();
+      for (int64_t o = 0; o < outputs; ++o) {
+        const int64_t flat = (o0 + o) * p.inner;
+        const int64_t block = flat >> p.weight4.log2_blocksize;
+        const int64_t last = (flat + p.inner - 1) >> p.weight4.log2_blocksize;
+        scales[o] = absmax_range(p.weight4.absmax, block, last - block + 1, w.scales + o * per_row);
+      }
+    }
+    bool empty = true;
+    const Elem* b = x_packed + begin * kPair;
+    for (const Segment& s : segments) {
+      for (int64_t c = 0; c < s.padded; c += kDepth) {
+        const int64_t depth = min_of<int64_t>(kDepth, s.padded - c);
+        const int64_t n = max_of<int64_t>(0, min_of(depth, s.length - c));
+        for (int64_t o = 0; o < outputs; ++o) {
+          Elem* row = w.panel + o * kRowStride;
+          if (K::kGroup > 1 && s.reordered) {
+            K::decode_reordered(p.weight4, (o0 + o) * p.inner + c, scales[o], (o0 + o) * p.inner, n, row);
+          } else if (s.four_bit) {
+            decode_range(p.weight4, table, (o0 + o) * p.inner + c, n, row);
+          } else {
+            read_row(s.dense, o0 + o, c, n, row);
+          }
+          if (n < depth) std::memset(row + n, 0, static_cast<size_t>(depth - n) * sizeof(Elem));
+        }
+        K::multiply(outputs, vectors, depth / kPair, w.panel, kRowStride, b, block_pad * kPair, w.c, block_pad, empty);
+        b += depth * block_pad;
+        empty = false;
+      }
+    }
+    if (empty) std::memset(w.c, 0, static_cast<size_t>(outputs * block_pad) * sizeof(float));
+
+    alignas(64) float bias[K::kPanelRows];
+    alignas(64) float out[Vec::kWidth][K::kPanelRows];
+    if (p.bias.data) read_row(p.bias, 0, o0, outputs, bias);
+    for (int64_t m = 0; m < end - begin; m += Vec::kWidth) {
+      for (int64_t o = 0; o < outputs; o += Vec::kWidth)
+        transpose(w.c + o * block_pad + m, block_pad, &out[0][o], K::kPanelRows);
+      for (int64_t r = 0; r < min_of<int64_t>(Vec::kWidth, end - begin - m); ++r) {
+        finish(out[r], bias, outputs);
+        write_row(p.out, m0 + begin + m + r, o0, out[r], outputs);
+      }
+    }
+  }
+
+  void panel_transposed(Workspace& w, int64_t m0, int64_t begin, int64_t end, int64_t o0, int64_t outputs) {
+    constexpr int64_t kColumns = K::kPanelColumns;
+    const int64_t vectors = ceil_div(outputs, kLanes);
+    bool empty = true;
+    const Elem* a = x_packed + begin * kRowStride;
+    for (const Segment& s : segments) {
+      for (int64_t c = 0; c < s.padded; c += kDepth) {
+        const int64_t depth = min_of<int64_t>(kDepth, s.padded - c);
+        const int64_t n = max_of<int64_t>(0, min_of(depth, s.length - c));
+        if (s.reordered) {
+          K::decode_pairs(p.weight4, c, n, depth, p.outputs, o0, outputs, w.panel);
+        } else {
+          for (int64_t q = 0; q < depth; q += kPair) {
+            alignas(64) Elem rows_in[kPair][kColumns];
+            Elem* rows[kPair];
+            for (int i = 0; i < kPair; ++i) {
+              rows[i] = kPair == 1 ? w.panel + q * kColumns : rows_in[i];
+              const int64_t filled = q + i < n ? outputs : 0;
+              if (!filled) {
+              } else if (s.four_bit) {
+                decode_range(p.weight4, table, (c + q + i) * p.outputs + o0, outputs, rows[i]);
+              } else {
+                read_row(transposed(s.dense), c + q + i, o0, outputs, rows[i]);
+              }
+              std::memset(rows[i] + filled, 0, static_cast<size_t>(vectors * kLanes - filled) * sizeof(Elem));
+              // C's columns are in W's order: the addend's follow it
+              if (segments[0].reordered)
+                for (int64_t o = 0; o < outputs; o += K::kGroup) K::reorder(rows[i] + o);
+            }
+            if constexpr (kPair > 1) K::interleave(rows[0], rows[1], vectors, w.panel + q * kColumns);
+          }
+        }
+        K::multiply(end - begin, vectors, depth / kPair, a, kRowStride, w.panel, kColumns * kPair,
+                    w.c + begin * kColumns, kColumns, empty);
+        a += block_rows * kRowStride;
+        empty = false;
+      }
+    }
+    if (empty) std::memset(w.c + begin * kColumns, 0, static_cast<size_t>((end - begin) * kColumns) * sizeof(float));
+
+    alignas(64) float bias[kColumns];
+    alignas(64) float out[kColumns];
+    if (p.bias.data) read_row(p.bias, 0, o0, outputs, bias);
+    for (int64_t m = begin; m < end; ++m) {
+      const float* c = w.c + m * kColumns;
+      if (segments[0].reordered) {
+        for (int64_t o = 0; o < outputs; o += K::kGroup) K::restore(c + o, out + o);
+      } else {
+        std::memcpy(out, c, static_cast<size_t>(outputs) * sizeof(float));
+      }
+      finish(out, bias, outputs);
+      write_row(p.out, m0 + m, o0, out, outputs);
+    }
+  }
+
+  void finish(float* row, const float* bias, int64_t n) const {
+    if (p.alpha != 1.0f)
+      for (int64_t i = 0; i < n; ++i) row[i] *= p.alpha;
+    if (p.bias.data)
+      for (int64_t i = 0; i < n; ++i) row[i] += bias[i];
+  }
+
+  const MatmulParams& p;
+  const CodeTable table;
+  Segment segments[2];
+  int64_t block_rows, block_pad;
+  int64_t panel_outputs;
+  Elem* x_packed = nullptr;
+};
+
+// The register tiles of a kernel type with vector arithmetic: K::tile<R, V> holds R * V <= K::kAccumulators vectors.
+template <class K, int V, int R>
+inline void tile_rows(int64_t rows, int64_t pairs, const typename K::Elem* a, int64_t a_stride,
+                      const typename K::Elem* b, int64_t b_stride, float* c, int64_t c_stride, bool empty) {
+  if constexpr (R * V > K::kAccumulators) {
+    tile_rows<K, V, R == 3 ? 2 : R / 2>(rows, pairs, a, a_stride, b, b_stride, c, c_stride, empty);
+  } else {
+    while (rows >= R) {
+      K::template tile<R, V>(pairs, a, a_stride, b, b_stride, c, c_stride, empty);
+      a += R * a_stride;
+      c += R * c_stride;
+      rows -= R;
+    }
+    if constexpr (R > 1) {
+      if (rows) tile_rows<K, V, R == 3 ? 2 : R / 2>(rows, pairs, a, a_stride, b, b_stride, c, c_stride, empty);
+    }
+  }
+}
+
+// Vectors are dealt out evenly: 5 of at most 4 are 3 + 2, not 4 + 1.
+template <class K>
+inline void multiply_tiles(int64_t rows, int64_t vectors, int64_t pairs, const typename K::Elem* a, int64_t a_stride,
+                           const typename K::Elem* b, int64_t b_stride, float* c, int64_t c_stride, bool empty) {
+  constexpr int kMost = K::kAccumulators;  // 24 or 12: 24 = 24x1 = 12x2 = 8x3 = 6x4
+  for (int64_t groups = ceil_div(vectors, K::kMaxVectors); groups; --groups) {
+    const int64_t n = ceil_div(vectors, groups);
+    if (n == 1) tile_rows<K, 1, kMost>(rows, pairs, a, a_stride, b, b_stride, c, c_stride, empty);
+    if (n == 2) tile_rows<K, 2, kMost / 2>(rows, pairs, a, a_stride, b, b_stride, c, c_stride, empty);
+    if (n == 3) tile_rows<K, 3, kMost / 3>(rows, pairs, a, a_stride, b, b_stride, c, c_stride, empty);
+    if constexpr (K::kMaxVectors >= 4)
+      if (n == 4) tile_rows<K, 4, kMost / 4>(rows, pairs, a, a_stride, b, b_stride, c, c_stride, empty);
+    b += n * K::kLanes * K::kPair;
+    c += n * K::kLanes;
+    vectors -= n;
+  }
+}
+
+}  // namespace
+}  // namespace peftkern::PEFTKERN_ISA
