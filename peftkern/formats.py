@@ -556,7 +556,7 @@ def _no_constant(name: str) -> float:
 
 
 def _read_record(key: str, blob: Tensor) -> dict[str, Any]:
-    """The JSON record in bitsandbytes' uint8 blob: every value typed and in range, none missing or unknown."""
+    """The JSON record in bitsandbytes' uint8 blob: every value typed, in range, none missing or extra."""
     if blob.dtype is not torch.uint8:
         raise TypeError(f"{key}: expected {torch.uint8}, got {blob.dtype}")
     if blob.dim() != 1 or not 0 < blob.numel() <= _MAX_BLOB_BYTES:

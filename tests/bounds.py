@@ -1,0 +1,218 @@
+"""How far a result may lie from the exact one: derived once, used by every test.
+
+The exact result is the fp64 value of the formula on the given inputs, with W the fp32 numbers code · absmax
+of a 4-bit weight. An `Approx` carries that value, a bound on the error of a correct implementation that holds
+for every input and every order of summation (`error`), and the size that the error has when roundings are
+independent (`typical`, a root mean square). A test passes when
+
+    |actual - value| <= error                                 everywhere
+    mean |actual - value| <= mean typical · (1 + 5 / √count)    for inputs of mixed signs
+
+u is the unit roundoff: fp32 2^-24, fp16 2^-11, bf16 2^-8. Rounding v costs at most u|v|, and u|v|/√3 in root
+mean square (an error uniform in ±u|v|). The mean of |e| is at most its root mean square (for a normal e it is
+0.8 of it, which leaves 25 %); the 5 / √count is seven standard deviations (0.6 of the root mean square each)
+of a mean over count elements, less that margin.
+
+What a correct kernel may do, and nothing more:
+
+- operands: brought to the compute type, bf16 for bf16 x and fp32 for fp32 and fp16 x. A 4-bit weight is the
+  fp32 product code · absmax, rounded to bf16 for bf16 x; or the rounded code with absmax folded in
+  afterwards, which costs two more fp32 roundings;
+- sums: fp32, in any order, fused or not: n terms cost at most γ_n = n u / (1 - n u) of Σ|terms| (Higham,
+  Accuracy and Stability of Numerical Algorithms, §3.1); typically √n u/√3 of the partial sums, which for
+  mixed signs are about (Σ terms²)^½;
+- one rounding to the output's dtype; the rank-R products T and G are outputs of x's dtype, so their error
+  travels on;
+- values below fp32's smallest normal 2^-126 may be flushed to zero (AVX512_BF16 and AMX do so).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from peftkern import QuantizedWeight, reference
+
+UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float64: 2.0**-53}
+# half the spacing of the smallest numbers, or what may be flushed
+SMALLEST = {torch.float32: 2.0**-126, torch.bfloat16: 2.0**-126, torch.float16: 2.0**-25, torch.float64: 0.0}
+FLUSHED = 2.0**-126
+U32 = UNIT[torch.float32]
+
+
+@dataclass(frozen=True)
+class Approx:
+    value: Tensor  # fp64, exact
+    error: Tensor  # fp64, at most
+    typical: Tensor  # fp64, root mean square
+
+    def t(self) -> Approx:
+        return Approx(self.value.t(), self.error.t(), self.typical.t())
+
+    def plus(self, relative: float, absolute: float = 0.0) -> Approx:
+        """One more rounding."""
+        size = self.value.abs() + self.error
+        return Approx(
+            self.value,
+            self.error + relative * size + absolute,
+            (self.typical.square() + (relative * size).square() / 3.0 + absolute**2).sqrt(),
+        )
+
+    def rounded(self, dtype: torch.dtype) -> Approx:
+        return self.plus(UNIT[dtype], SMALLEST[dtype])
+
+
+def exact(tensor: Tensor) -> Approx:
+    value = tensor.detach().double()
+    return Approx(value, torch.zeros_like(value), torch.zeros_like(value))
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+
+
+def operand(tensor: Tensor | QuantizedWeight, compute: torch.dtype) -> Approx:
+    """A matrix as the kernel multiplies it."""
+    if isinstance(tensor, QuantizedWeight):
+        folded = UNIT[compute] * (compute is torch.bfloat16) + 2.0 * U32
+        return exact(reference.dequantize_4bit(tensor, torch.float32)).plus(folded)
+    fits = tensor.dtype == compute or (
+        compute == torch.float32 and tensor.dtype in (torch.bfloat16, torch.float16)
+    )
+    return exact(tensor) if fits else exact(tensor).plus(UNIT[compute])
+
+
+def matmul(
+    x: Approx,
+    w: Approx,
+    dtype: torch.dtype,
+    alpha: float = 1.0,
+    t: Approx | None = None,
+    u: Approx | None = None,
+    bias: Approx | None = None,
+) -> Approx:
+    """alpha (x wᵀ + t uᵀ) + bias, rounded to dtype. x [M, K], w [N, K], t [M, R], u [N, R], bias [N]."""
+    pairs = [(x, w)] if t is None or u is None else [(x, w), (t, u)]
+    count = sum(a.value.shape[1] for a, _ in pairs) + 3  # alpha, bias and the conversion of alpha to fp32
+    gamma = count * U32 / (1.0 - count * U32)
+    value = torch.zeros((), dtype=torch.float64)
+    error, typical, squares, flushed = value, value, value, value
+    for a, b in pairs:
+        size_a, size_b = a.value.abs() + a.error, b.value.abs() + b.error
+        value = value + a.value @ b.value.t()
+        error = error + a.error @ b.value.abs().t() + size_a @ b.error.t() + gamma * (size_a @ size_b.t())
+        square_a, square_b = a.value.square(), b.value.square()
+        typical = typical + a.typical.square() @ square_b.t() + square_a @ b.typical.square().t()
+        squares = squares + square_a @ square_b.t()
+        flushed = flushed + size_a.sum(1, keepdim=True) + size_b.sum(1) + count
+    error = abs(alpha) * (error + FLUSHED * flushed)
+    typical = alpha**2 * (typical + count * U32**2 / 3.0 * torch.maximum(squares, value.square()))
+    value = alpha * value
+    if bias is not None:
+        error = error + bias.error + gamma * (bias.value.abs() + bias.error)
+        typical = typical + bias.typical.square() + U32**2 * bias.value.square()
+        value = value + bias.value
+    return Approx(value, error, typical.sqrt()).rounded(dtype)
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor | QuantizedWeight,
+    bias: Tensor | None = None,
+    grad: Tensor | None = None,
+    lora_A: Tensor | None = None,
+    lora_B: Tensor | None = None,
+    scaling: float = 1.0,
+    dropout: float = 0.0,
+    mask: Tensor | None = None,
+) -> dict[str, Approx]:
+    """linear_4bit (no lora_A) and lora_linear: "y", and with grad = dL/dY also "x", "lora_A", "lora_B",
+    "bias" where they are there.
+
+    x [M, K], weight [N, K], bias [N], grad [M, N], lora_A [R, K], lora_B [N, R], mask [M, K] (True keeps).
+    """
+    dtype, compute = x.dtype, compute_dtype(x.dtype)
+    X, W = operand(x, compute), operand(weight, compute)
+    b = None if bias is None else exact(bias)
+    T = G = A = B = None
+    dropped = X
+    if lora_A is not None and lora_B is not None:
+        A, B = operand(lora_A, compute), operand(lora_B, compute)
+        if mask is not None:
+            # x / (1 - p) is rounded to x's dtype, or 1 / (1 - p) goes into alpha
+            keep = mask.double() / (1.0 - dropout)
+            dropped = Approx(X.value * keep, X.error * keep, X.typical * keep).rounded(dtype)
+        T = matmul(dropped, A, dtype, scaling)
+    y = matmul(X, W, dtype, 1.0, T, B, b)
+    if isinstance(weight, Tensor) and (T is not None or b is not None):
+        # the addend T Bᵀ + b is rounded to x's dtype before torch's GEMM adds to it
+        addend = torch.zeros_like(y.value) if T is None or B is None else T.value @ B.value.t()
+        addend = addend if b is None else addend + b.value
+        y = _also(y, addend, dtype)
+    found = {"y": y}
+    if grad is None:
+        return found
+
+    D = operand(grad, compute)
+    if A is not None and B is not None and T is not None and lora_A is not None and lora_B is not None:
+        G = matmul(D, B.t(), dtype, scaling)
+        found["lora_A"] = matmul(G.t(), dropped.t(), lora_A.dtype)
+        found["lora_B"] = matmul(D.t(), T.t(), lora_B.dtype)
+    if mask is None or G is None or A is None:
+        dx = matmul(D, W.t(), dtype, 1.0, G, None if A is None else A.t())
+        if isinstance(weight, Tensor) and G is not None and A is not None:
+            dx = _also(dx, G.value @ A.value, dtype)
+    else:
+        # dY W, G A and its masked, scaled copy are each rounded; their sum once more
+        base = matmul(D, W.t(), dtype)
+        masked = matmul(G, A.t(), dtype)
+        masked = Approx(masked.value * keep, masked.error * keep, masked.typical * keep).rounded(dtype)
+        dx = Approx(
+            base.value + masked.value,
+            base.error + masked.error,
+            (base.typical.square() + masked.typical.square()).sqrt(),
+        ).rounded(dtype)
+    found["x"] = dx
+    if bias is not None:
+        ones = exact(torch.ones(1, grad.shape[0], dtype=torch.float64, device=grad.device))
+        found["bias"] = matmul(ones, exact(grad).t(), bias.dtype)
+        found["bias"] = Approx(found["bias"].value[0], found["bias"].error[0], found["bias"].typical[0])
+    return found
+
+
+def _also(result: Approx, part: Tensor, dtype: torch.dtype) -> Approx:
+    """One more rounding, of a part of the sum."""
+    unit = UNIT[dtype]
+    return Approx(
+        result.value,
+        result.error + unit * part.abs() + SMALLEST[dtype],
+        (result.typical.square() + (unit * part).square() / 3.0).sqrt(),
+    )
+
+
+def check(name: str, actual: Tensor, expected: Approx, mean: bool = True) -> None:
+    """Assert both bounds; mean=False for inputs whose roundings are not independent (constant or one-signed ones)."""
+    assert actual.shape == expected.value.shape, (
+        f"{name}: shape {list(actual.shape)}, not {list(expected.value.shape)}"
+    )
+    if actual.numel() == 0:
+        return
+    distance = (actual.detach().double() - expected.value).abs()
+    # NaN fails: it is not <= anything
+    within = distance <= expected.error
+    if not bool(within.all()):
+        ratio = torch.where(within, 0.0, (distance / expected.error).nan_to_num(math.inf, math.inf))
+        where = int(ratio.argmax())
+        raise AssertionError(
+            f"{name}: {int((~within).sum())} of {within.numel()} elements beyond their bound; the worst, at flat index {where}, is "
+            f"{actual.flatten()[where].item():.9g}, exactly {expected.value.flatten()[where].item():.9g} ± "
+            f"{expected.error.flatten()[where].item():.3g} ({ratio.max().item():.3g} of the bound)"
+        )
+    if mean:
+        limit = expected.typical.mean().item() * (1.0 + 5.0 / math.sqrt(distance.numel()))
+        assert distance.mean().item() <= limit, (
+            f"{name}: mean error {distance.mean().item():.3g}, expected <= {limit:.3g}"
+        )
