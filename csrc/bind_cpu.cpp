@@ -9,6 +9,7 @@
 
 #include "cpu/dispatch.h"
 #include "cpu/isa.h"
+#include "cpu/pages.h"
 #include "tensor.h"
 
 namespace peftkern {
@@ -182,6 +183,7 @@ void bind_matmul(py::handle out_object, py::handle x_object, py::handle weight, 
   }
   if (out.numel == 0) return;
   py::gil_scoped_release release;
+  prefer_huge_pages(out.data, static_cast<size_t>(out.end() - out.begin()));
   matmul(p);
 }
 
@@ -197,6 +199,7 @@ void bind_dequantize(py::handle out_object, py::handle weight, int threads) {
   p.out = out.data;
   if (p.numel == 0) return;
   py::gil_scoped_release release;
+  prefer_huge_pages(p.out, static_cast<size_t>(out.end() - out.begin()));
   dequantize(p);
 }
 

@@ -7,19 +7,34 @@
 namespace peftkern::PEFTKERN_ISA {
 namespace {
 
+// The weights [begin, end) of one block, begin a multiple of 32.
+template <class T>
+inline void dequantize_part(const Weight4& w, const float* code, float absmax, int64_t begin, int64_t end,
+                            T* out) {
+  const BlockTable<T> table = block_table<T>(code, absmax);
+  int64_t i = begin;
+  for (; i + 32 <= end; i += 32) decode(table, w.packed + i / 2, out + i);
+  for (; i < end; ++i) from_float(out + i, code[nibble(w.packed, i)] * absmax);
+}
+
 template <class T>
 void dequantize(const DequantizeParams& p) {
   // A thread's share starts on a cache line of out and on a byte of packed.
   constexpr int64_t kGrain = 4096;
   const int64_t grains = ceil_div(p.numel, kGrain);
   const int threads = static_cast<int>(min_of<int64_t>(p.threads, ceil_div(grains, 4)));
+  const float* code = code_table(p.weight.quant_type);
   T* out = static_cast<T*>(p.out);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
   for (int thread = 0; thread < threads; ++thread) {
-    const CodeTable table = code_registers(code_table(p.weight.quant_type));
     const int64_t begin = grains * thread / threads * kGrain;
     const int64_t end = min_of(p.numel, grains * (thread + 1) / threads * kGrain);
-    decode_range(p.weight, table, begin, end - begin, out + begin);
+    for (int64_t i = begin; i < end;) {
+      const int64_t block = i >> p.weight.log2_blocksize;
+      const int64_t stop = min_of(end, (block + 1) << p.weight.log2_blocksize);
+      dequantize_part(p.weight, code, absmax_at(p.weight.absmax, block), i, stop, out);
+      i = stop;
+    }
   }
 }
 

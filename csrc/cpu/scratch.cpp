@@ -3,6 +3,8 @@
 #include <cstdlib>
 #include <new>
 
+#include "cpu/pages.h"
+
 namespace peftkern {
 namespace {
 
@@ -30,6 +32,7 @@ void* scratch(size_t bytes) {
   buffer.capacity = 0;
   buffer.data = std::aligned_alloc(kAlignment, capacity);
   if (!buffer.data) throw std::bad_alloc();
+  prefer_huge_pages(buffer.data, capacity);
   buffer.capacity = capacity;
   return buffer.data;
 }

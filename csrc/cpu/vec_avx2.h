@@ -78,6 +78,45 @@ inline Vec gather_codes(const float* code, const uint8_t* codes) {
   return {_mm256_i32gather_ps(code, _mm256_cvtepu8_epi32(bytes), 4)};
 }
 
+template <class T>
+struct BlockTable {
+  __m256i low, high;  // the low and the high bytes of 16 values, in both halves
+};
+template <>
+struct BlockTable<float> {
+  CodeTable values;
+};
+template <class T>
+inline BlockTable<T> block_table(const float* code, float absmax) {
+  const Vec scale = set1(absmax);
+  if constexpr (sizeof(T) == 4) {
+    return {{mul(load(code), scale).v, mul(load(code + 8), scale).v}};
+  } else {
+    T values[16];
+    store(values, mul(load(code), scale));
+    store(values + 8, mul(load(code + 8), scale));
+    const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values));
+    const __m256i low = _mm256_and_si256(words, _mm256_set1_epi16(0xff)), high = _mm256_srli_epi16(words, 8);
+    // [low 0…7, high 0…7, low 8…15, high 8…15] to [low 0…15, high 0…15]
+    const __m256i bytes = _mm256_permute4x64_epi64(_mm256_packus_epi16(low, high), 0xd8);
+    return {_mm256_permute4x64_epi64(bytes, 0x44), _mm256_permute4x64_epi64(bytes, 0xee)};
+  }
+}
+inline void decode(const BlockTable<float>& t, const uint8_t* p, float* out) {
+  for (int i = 0; i < 4; ++i) store(out + 8 * i, lookup(t.values, p + 4 * i));
+}
+template <class T>
+inline void decode(const BlockTable<T>& t, const uint8_t* p, T* out) {
+  const __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  const __m128i mask = _mm_set1_epi8(15);
+  const __m128i first = _mm_and_si128(_mm_srli_epi16(b, 4), mask), second = _mm_and_si128(b, mask);
+  const __m256i q = _mm256_set_m128i(_mm_unpackhi_epi8(first, second), _mm_unpacklo_epi8(first, second));
+  const __m256i low = _mm256_shuffle_epi8(t.low, q), high = _mm256_shuffle_epi8(t.high, q);
+  const __m256i even = _mm256_unpacklo_epi8(low, high), odd = _mm256_unpackhi_epi8(low, high);  // 0…7, 16…23; 8…15, 24…31
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_permute2x128_si256(even, odd, 0x20));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 16), _mm256_permute2x128_si256(even, odd, 0x31));
+}
+
 inline Vec max_abs(Vec largest, Vec x) {
   const __m256i u = _mm256_and_si256(_mm256_castps_si256(x.v), _mm256_set1_epi32(0x7fffffff));
   return {_mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(largest.v), u))};

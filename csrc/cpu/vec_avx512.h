@@ -3,6 +3,8 @@
 
 #include <immintrin.h>
 
+#include <type_traits>
+
 #include "vec_scalar.h"
 
 namespace peftkern::PEFTKERN_ISA {
@@ -61,6 +63,34 @@ inline Vec lookup(CodeTable t, const uint8_t* p) {
 inline Vec gather_codes(const float* code, const uint8_t* codes) {
   const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes));
   return {_mm512_i32gather_ps(_mm512_cvtepu8_epi32(bytes), code, 4)};
+}
+
+template <class T>
+struct BlockTable {
+  __m512i values;  // 16 of 32 bits, or 16 of 16 bits twice: vpermw reads five bits of an index
+};
+template <class T>
+inline BlockTable<T> block_table(const float* code, float absmax) {
+  const __m512 values = mul(load(code), set1(absmax)).v;
+  if constexpr (sizeof(T) == 4) {
+    return {_mm512_castps_si512(values)};
+  } else if constexpr (std::is_same_v<T, Bf16>) {
+    return {_mm512_broadcast_i64x4(narrow_bf16(values))};
+  } else {
+    return {_mm512_broadcast_i64x4(narrow_f16(values))};
+  }
+}
+inline void decode(const BlockTable<float>& t, const uint8_t* p, float* out) {
+  const CodeTable values = {_mm512_castsi512_ps(t.values)};
+  store(out, lookup(values, p));
+  store(out + 16, lookup(values, p + 8));
+}
+template <class T>
+inline void decode(const BlockTable<T>& t, const uint8_t* p, T* out) {
+  const __m512i b = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  // each dword: the even word is the byte's high nibble, the odd one the byte itself, whose bit 4 doesn't matter
+  const __m512i q = _mm512_or_si512(_mm512_srli_epi32(b, 4), _mm512_slli_epi32(b, 16));
+  _mm512_storeu_si512(out, _mm512_permutexvar_epi16(q, t.values));
 }
 
 inline Vec max_abs(Vec largest, Vec x) {

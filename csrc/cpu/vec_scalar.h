@@ -5,6 +5,8 @@
 //   load_n/store_n        the first n < kWidth elements, nothing beyond them is touched; missing lanes load as 0
 //   CodeTable             16 fp32 codes in registers
 //   lookup(table, p)      kWidth weights, the first in the high nibble of p[0]; reads kWidth/2 bytes
+//   BlockTable<T>         the 16 values round(code * absmax) of one block, as T
+//   decode(table, p, out) 32 of its weights from 16 bytes
 //   max_abs, reduce_max   the largest magnitude, NaN if there is one
 //   encode(buckets, x, p) kWidth nibbles into kWidth/2 bytes: bucket = #{j : not bounds[j] >= x}, nibble = order[bucket]
 //   transpose             kWidth x kWidth block of floats
@@ -125,6 +127,24 @@ inline Vec lookup(CodeTable t, const uint8_t* p) {
 // The nested absmax: code[codes[i]], four of them.
 inline Vec gather_codes(const float* code, const uint8_t* codes) {
   return {{code[codes[0]], code[codes[1]], code[codes[2]], code[codes[3]]}};
+}
+
+template <class T>
+struct BlockTable {
+  T values[16];
+};
+template <class T>
+inline BlockTable<T> block_table(const float* code, float absmax) {
+  BlockTable<T> t;
+  for (int q = 0; q < 16; ++q) from_float(t.values + q, code[q] * absmax);
+  return t;
+}
+template <class T>
+inline void decode(const BlockTable<T>& t, const uint8_t* p, T* out) {
+  for (int i = 0; i < 16; ++i) {
+    out[2 * i] = t.values[p[i] >> 4];
+    out[2 * i + 1] = t.values[p[i] & 15];
+  }
 }
 
 // max(|lanes|), a NaN wins: the magnitude's bits order like integers, NaN above infinity.

@@ -1,0 +1,7 @@
+#define PEFTKERN_ISA scalar
+#define PEFTKERN_VEC_SCALAR
+#include "cpu/vec_scalar.h"
+
+#include "cpu/dequantize.inl"
+#include "cpu/quantize.inl"
+#include "cpu/matmul_f32.inl"
