@@ -1,7 +1,8 @@
 """Who runs a call: the registry of backends, in order of preference, and the reasons of those that cannot.
 
-The choice depends on (primitive, device, dtype) and on the forced backend, so it is made once for each such key and
-then is one dictionary look-up. A forced backend (`use_backend`, PEFTKERN_BACKEND) that cannot run a call raises.
+The choice depends on (primitive, device, dtype) and on the forced backend, so it is made once for each such
+key and then is one dictionary look-up. A forced backend (`use_backend`, PEFTKERN_BACKEND) that cannot run a
+call raises.
 """
 
 from __future__ import annotations
@@ -37,13 +38,14 @@ def _from_environment() -> str | None:
     return name
 
 
-_forced: ContextVar[str | None] = ContextVar("peftkern_backend", default=_from_environment())
+_default = _from_environment()
+_forced: ContextVar[str | None] = ContextVar("peftkern_backend", default=_default)
 _found: dict[tuple[str | None, str, torch.device, torch.dtype], Primitive] = {}
 _warned: set[str] = set()
 
 
 def find(primitive: str, device: torch.device, dtype: torch.dtype) -> Primitive:
-    """The callable that runs `primitive` here and now. Raises RuntimeError with every backend's reason if none can."""
+    """The callable that runs `primitive` here and now; RuntimeError with every reason if there is none."""
     found = _found.get((_forced.get(), primitive, device, dtype))
     return found if found is not None else _resolve(Call(primitive, device, dtype))
 
@@ -58,9 +60,10 @@ def _resolve(call: Call) -> Primitive:
     for name, reason in others.items():
         if name == "cpu" and call.device.type == "cpu" and cpu.missing() == reason and name not in _warned:
             _warned.add(name)
-            warnings.warn(f"peftkern runs on its slow {backend.name} backend: {reason}", RuntimeWarning, stacklevel=4)
+            message = f"peftkern runs on its slow {backend.name} backend: {reason}"
+            warnings.warn(message, RuntimeWarning, stacklevel=4)
     row = backend.rows[call.primitive]
-    _found[(forced, *call)] = row
+    _found[forced, call.primitive, call.device, call.dtype] = row
     return row
 
 
@@ -83,7 +86,7 @@ def _choose(call: Call) -> tuple[Backend | None, dict[str, str]]:
 
 
 def forced_backend() -> str | None:
-    """The backend that `use_backend` or PEFTKERN_BACKEND forces here, or None when the choice is automatic."""
+    """The backend that `use_backend` or PEFTKERN_BACKEND forces here; None when the choice is automatic."""
     return _forced.get()
 
 
@@ -91,8 +94,8 @@ def forced_backend() -> str | None:
 def use_backend(name: str | None) -> Iterator[None]:
     """Run every op inside the block on backend `name` ("cpu", "reference"), or raise where it cannot run one.
 
-    None restores the automatic choice. It holds for the current thread (or asyncio task) and nests. A backward pass
-    runs on the backend that its forward ran on. Raises ValueError for an unknown name.
+    None restores the automatic choice. It holds for the current thread (or asyncio task) and nests. A
+    backward pass runs on the backend that its forward ran on. Raises ValueError for an unknown name.
     """
     if name is not None:
         _check_name("name", name)

@@ -19,15 +19,15 @@ from peftkern.ops.lora import check_dropout, check_scaling, lora_delta, lora_lin
 class LoRALinear(nn.Module):
     """Y = X Wᵀ + (alpha / r) · dropout(X) Aᵀ Bᵀ + b with W and b frozen; only lora_A and lora_B train.
 
-    weight   [out_features, in_features], dense or QuantizedWeight, kept by reference; None draws a dense one as nn.Linear
-    lora_A   [r, in_features], lora_B [out_features, r], of adapter_dtype: A Kaiming-uniform, B zero, as PEFT starts them
-    alpha    scaling is alpha / r; None means r, a scaling of 1
+    weight   [out_features, in_features], dense or QuantizedWeight, kept by reference; None draws a dense one
+    as nn.Linear lora_A   [r, in_features], lora_B [out_features, r], of adapter_dtype: A Kaiming-uniform, B
+    zero, as PEFT starts them alpha    scaling is alpha / r; None means r, a scaling of 1
     bias     a tensor [out_features] or None
     dropout  probability on the adapter's input, in training mode only
 
-    A QuantizedWeight moves with .to(device); .to(dtype), .half() and the like leave its bytes and scales as they are.
-    The state_dict holds it under bitsandbytes' keys ("weight", "weight.absmax", …) and always describes the unmerged
-    module. Raises TypeError or ValueError naming the argument.
+    A QuantizedWeight moves with .to(device); .to(dtype), .half() and the like leave its bytes and scales as
+    they are. The state_dict holds it under bitsandbytes' keys ("weight", "weight.absmax", …) and always
+    describes the unmerged module. Raises TypeError or ValueError naming the argument.
     """
 
     weight: nn.Parameter | QuantizedWeight
@@ -66,21 +66,25 @@ class LoRALinear(nn.Module):
         elif not isinstance(weight, (Tensor, QuantizedWeight)):
             raise TypeError(f"weight: expected a tensor or a QuantizedWeight, got {type(weight).__name__}")
         if tuple(weight.shape) != (out_features, in_features):
-            raise ValueError(f"weight: expected shape [{out_features}, {in_features}], got {list(weight.shape)}")
+            expected = [out_features, in_features]
+            raise ValueError(f"weight: expected shape {expected}, got {list(weight.shape)}")
         if bias is not None and tuple(bias.shape) != (out_features,):
             raise ValueError(f"bias: expected shape [{out_features}], got {list(bias.shape)}")
         if isinstance(weight, QuantizedWeight):
             self.weight = weight
         else:
             self.weight = nn.Parameter(weight.detach(), requires_grad=False)
-        self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
+        frozen = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.register_parameter("bias", frozen)
         place = weight.device
         self.lora_A = nn.Parameter(torch.empty((r, in_features), dtype=adapter_dtype, device=place))
         self.lora_B = nn.Parameter(torch.empty((out_features, r), dtype=adapter_dtype, device=place))
         self.reset_parameters()
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, r: int = 8, alpha: float | None = None, **options: Any) -> LoRALinear:
+    def from_linear(
+        cls, linear: nn.Linear, r: int = 8, alpha: float | None = None, **options: Any
+    ) -> LoRALinear:
         """An adapter beside `linear`, whose weight and bias are shared, not copied, and frozen here."""
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear: expected a torch.nn.Linear, got {type(linear).__name__}")
@@ -88,7 +92,12 @@ class LoRALinear(nn.Module):
 
     @classmethod
     def from_quantized(
-        cls, weight: QuantizedWeight, bias: Tensor | None = None, r: int = 8, alpha: float | None = None, **options: Any
+        cls,
+        weight: QuantizedWeight,
+        bias: Tensor | None = None,
+        r: int = 8,
+        alpha: float | None = None,
+        **options: Any,
     ) -> LoRALinear:
         """An adapter beside a 4-bit weight, shared, not copied."""
         if not isinstance(weight, QuantizedWeight):
@@ -139,13 +148,16 @@ class LoRALinear(nn.Module):
         self.reset_parameters()
 
     def _set_weight(self, weight: QuantizedWeight | Tensor) -> None:
-        self.weight = weight if isinstance(weight, QuantizedWeight) else nn.Parameter(weight, requires_grad=False)
+        if not isinstance(weight, QuantizedWeight):
+            weight = nn.Parameter(weight, requires_grad=False)
+        self.weight = weight
 
     def _put_aside(self, weight: nn.Parameter | QuantizedWeight | None) -> None:
-        object.__setattr__(self, "_unmerged", weight)  # past Module.__setattr__: it is no parameter of the module
+        # past Module.__setattr__, which would make it a parameter
+        object.__setattr__(self, "_unmerged", weight)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoRALinear:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if isinstance(self.weight, QuantizedWeight):
             self.weight = _apply_quantized(fn, self.weight)
         if isinstance(self._unmerged, QuantizedWeight):
@@ -181,14 +193,17 @@ class LoRALinear(nn.Module):
             return
         parts = {key: value for key, value in state_dict.items() if key == name or key.startswith(f"{name}.")}
         rest = {key: value for key, value in state_dict.items() if key not in parts}
-        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        super()._load_from_state_dict(
+            rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
         if not parts:
             missing_keys.append(name)
             return
         try:
             weight = QuantizedWeight.from_state_dict(parts, name)
             if weight.shape != self.weight.shape:
-                raise ValueError(f"{name}: expected shape {list(self.weight.shape)}, got {list(weight.shape)}")
+                expected = list(self.weight.shape)
+                raise ValueError(f"{name}: expected shape {expected}, got {list(weight.shape)}")
         except (TypeError, ValueError) as error:
             error_msgs.append(str(error))
             return

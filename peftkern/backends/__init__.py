@@ -8,7 +8,7 @@ A primitive writes into `out`, which the caller allocated; it allocates nothing 
         transposed:  w(o, c) = W[c, o], W is [inner, outputs]
         weight is a Weight4 or a dense matrix; t, u and bias may be None; matrices are 2-D with any strides.
     matmul_dense(out, x, weight, transposed, t, u, bias)
-        the same with alpha = 1, for a big dense W that has x's dtype, where a vendor's GEMM is the best kernel.
+        the same with alpha = 1, for a big dense W of x's dtype, where a vendor's GEMM is the best kernel
     dequantize(out, weight)              out: contiguous [N, K] fp32, bf16 or fp16; weight: Weight4
     quantize(weight, packed, absmax, quant_type, blocksize)
         packed uint8 [ceil(N K / 2)] and absmax fp32 [ceil(N K / blocksize)] from a contiguous weight

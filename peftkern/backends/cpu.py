@@ -1,4 +1,4 @@
-"""The compiled CPU kernels (csrc/), for CPU tensors of fp32, bf16 and fp16. `_cpu` picks the instruction set."""
+"""The compiled CPU kernels (csrc/) for CPU tensors of fp32, bf16 and fp16. `_cpu` picks the instructions."""
 
 from __future__ import annotations
 
@@ -16,10 +16,7 @@ _cpu: Any = None
 _missing: str | None = None
 try:
     _cpu = importlib.import_module("peftkern._cpu")
-except ImportError as error:
-    # pybind11 wraps what a module's initialisation raises: a bad PEFTKERN_ISA is the caller's error, not an absence
-    if isinstance(error.__cause__, ValueError):
-        raise error.__cause__ from None
+except ImportError as error:  # a bad PEFTKERN_ISA is a ValueError and goes through
     _missing = f"the extension peftkern._cpu is not available ({error})"
 
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -39,10 +36,10 @@ def supports(call: Call) -> str | None:
 
 def detail(call: Call) -> str:
     if call.primitive == "matmul_dense":
-        return f"torch's GEMM, addend by {_cpu.kernel('matmul', _DTYPES[call.dtype])}"
+        return f"torch's GEMM, the addend by {_cpu.kernel('matmul', call.dtype)}"
     if call.primitive == "dropout":
         return "torch"
-    return str(_cpu.kernel(call.primitive, _DTYPES[call.dtype]))
+    return str(_cpu.kernel(call.primitive, call.dtype))
 
 
 def matmul(
@@ -104,7 +101,7 @@ BACKEND = Backend(
 
 @contextmanager
 def use_isa(name: str | None) -> Iterator[None]:
-    """Run the CPU kernels at instruction set level `name`, a member of `_cpu.isa_levels()`; None means the best.
+    """Run the CPU kernels at instruction set level `name`, one of `_cpu.isa_levels()`; None means the best.
 
     It holds for the whole process. Raises ValueError naming the levels of this machine.
     """

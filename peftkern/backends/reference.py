@@ -9,6 +9,8 @@ from peftkern import reference
 from peftkern.backends import Backend, Call, Weight4
 from peftkern.formats import DoubleQuant, QuantizedWeight
 
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
 
 def _weight(weight: Weight4 | Tensor) -> QuantizedWeight | Tensor:
     if isinstance(weight, Tensor):
@@ -57,7 +59,13 @@ def quantize(weight: Tensor, packed: Tensor, absmax: Tensor, quant_type: str, bl
 
 
 def dropout(out: Tensor, x: Tensor, p: float, seed: Tensor) -> None:
-    torch.where(reference.dropout_mask(seed, x.shape, p, x.device), x, torch.zeros((), dtype=x.dtype), out=out)
+    out.copy_(x.masked_fill(~reference.dropout_mask(seed, x.shape, p, x.device), 0.0))
+
+
+def supports(call: Call) -> str | None:
+    if call.dtype not in _DTYPES:
+        return f"it takes float32, bfloat16 and float16, this is {str(call.dtype).removeprefix('torch.')}"
+    return None
 
 
 BACKEND = Backend(
@@ -69,7 +77,7 @@ BACKEND = Backend(
         "quantize": quantize,
         "dropout": dropout,
     },
-    supports=lambda call: None if call.dtype.is_floating_point else f"it takes floating dtypes, this is {call.dtype}",
+    supports=supports,
     detail=lambda call: "plain PyTorch",
     missing=lambda: None,
 )

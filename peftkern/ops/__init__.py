@@ -1,1 +1,1 @@
-"""One file for each op: its checks, its autograd.Function, its library ops for torch.compile, its public function."""
+"""A file for each op: its checks, autograd.Functions, library ops for torch.compile, public function."""

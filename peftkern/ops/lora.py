@@ -9,25 +9,28 @@ import torch
 from torch import Tensor
 
 from peftkern import dispatch, reference
-from peftkern.backends import Call
+from peftkern.backends import Call, Weight4
 from peftkern.formats import QuantizedWeight
 from peftkern.ops.linear import (
-    WeightSpec,
-    WeightTensors,
     as_rows,
     autocast_dtype,
     base_matmul,
     check_tensor,
     check_x,
-    dropout as apply_dropout,
     flatten_weight,
     is_direct,
     no_double_backward,
     refuse,
     thin_matmul,
+    weight4,
+)
+from peftkern.ops.linear import (
+    dropout as apply_dropout,
 )
 from peftkern.ops.quantize import dequantize_4bit, quantize_4bit
+from peftkern.reference import draw_seed
 
+_REAL: tuple[type, ...] = (float, int, numbers.Real)
 _FLOAT32_MAX = float(torch.finfo(torch.float32).max)
 
 
@@ -39,12 +42,11 @@ def _alpha(scaling: float, p: float) -> float:
 def _forward(
     traced: bool,
     x: Tensor,
+    weight: Weight4 | Tensor,
     A: Tensor,
     B: Tensor,
     bias: Tensor | None,
     seed: Tensor | None,
-    weight: WeightTensors,
-    spec: WeightSpec,
     scaling: float,
     p: float,
 ) -> tuple[Tensor, Tensor]:
@@ -52,144 +54,107 @@ def _forward(
     rows = as_rows(x, A.shape[1])
     thin = rows if seed is None else apply_dropout(traced, rows, p, seed)
     T = thin_matmul(traced, thin, A, False, _alpha(scaling, p))
-    y = base_matmul(traced, rows, weight, spec, False, T, B, bias)
-    return (y if x.dim() == 2 else y.view(*x.shape[:-1], B.shape[0])), T
+    y = base_matmul(traced, rows, weight, False, T, B, bias)
+    return (y if x.ndim == 2 else y.view(*x.shape[:-1], B.shape[0])), T
 
 
-def _save(
-    ctx: Any,
-    x: Tensor,
-    A: Tensor,
-    B: Tensor,
-    bias: Tensor | None,
-    seed: Tensor | None,
-    weight: WeightTensors,
-    spec: WeightSpec,
-    scaling: float,
-    p: float,
-    T: Tensor,
-) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], T: Tensor) -> None:
     """Only what the gradients that are asked for will read."""
-    needs_x, needs_A, needs_B, _, _, needs_W = ctx.needs_input_grad[:6]
+    x, A, B, bias, dense, seed, packed, absmax, absmax2, code, offset, spec, scaling, p = inputs
+    needs_x, needs_A, needs_B, _, needs_W = ctx.needs_input_grad[:5]
     ctx.spec, ctx.scaling, ctx.p = spec, scaling, p
-    ctx.A_dtype, ctx.B_dtype = A.dtype, B.dtype
-    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.dtypes = A.dtype, B.dtype, None if bias is None else bias.dtype
     ctx.save_for_backward(
         x if needs_A or needs_W else None,
         A if needs_x else None,
         B if needs_x or needs_A else None,
         T if needs_B else None,
         seed,
-        *(weight if needs_x else (None,) * 5),
+        *((dense, packed, absmax, absmax2, code, offset) if needs_x else (None,) * 6),
     )
 
 
 def _backward(ctx: Any, traced: bool, grad: Tensor) -> tuple[Any, ...]:
-    x, A, B, T, seed, *weight = ctx.saved_tensors
-    needs_x, needs_A, needs_B, needs_bias, _, needs_W = ctx.needs_input_grad[:6]
-    dY = grad if grad.dim() == 2 else grad.reshape(-1, grad.shape[-1])
+    x, A, B, T, seed, dense, packed, absmax, absmax2, code, offset = ctx.saved_tensors
+    needs_x, needs_A, needs_B, needs_bias, needs_W = ctx.needs_input_grad[:5]
+    A_dtype, B_dtype, bias_dtype = ctx.dtypes
+    dY = as_rows(grad, grad.shape[-1])
     dx = dA = dB = dbias = dW = None
     if needs_B:
-        dB = thin_matmul(traced, T.t(), dY, True, 1.0, ctx.B_dtype, columns_first=True)  # [N, R]
+        dB = thin_matmul(traced, T.t(), dY, True, 1.0, B_dtype, True)  # (Tᵀ dY)ᵀ, [N, R]
     if needs_x or needs_A:
         G = thin_matmul(traced, dY, B, True, _alpha(ctx.scaling, ctx.p))  # s/(1-p) · dY B, [M, R]
     if needs_A or needs_W:
         rows = as_rows(x, x.shape[-1])
     if needs_A:
         thin = rows if seed is None else apply_dropout(traced, rows, ctx.p, seed)
-        dA = thin_matmul(traced, G.t(), thin, True, 1.0, ctx.A_dtype)  # Gᵀ X, [R, K]
+        dA = thin_matmul(traced, G.t(), thin, True, 1.0, A_dtype)  # Gᵀ dropout(X), [R, K]
     if needs_x:
+        weight = weight4(packed, absmax, absmax2, code, offset, ctx.spec) if dense is None else dense
         if seed is None:
-            dx = base_matmul(traced, dY, weight, ctx.spec, True, G, A.t())
+            dx = base_matmul(traced, dY, weight, True, G, A.t())
         else:
             # the mask falls between the adapter's product and the sum
-            dx = base_matmul(traced, dY, weight, ctx.spec, True)
+            dx = base_matmul(traced, dY, weight, True)
             dx = dx + apply_dropout(traced, thin_matmul(traced, G, A, True), ctx.p, seed)
-        if grad.dim() != 2:
+        if grad.ndim != 2:
             dx = dx.view(*grad.shape[:-1], dx.shape[-1])
     if needs_bias:
-        dbias = dY.sum(0, dtype=ctx.bias_dtype)
+        dbias = dY.sum(0, dtype=bias_dtype)
     if needs_W:
         dW = torch.mm(dY.t(), rows)
-    return dx, dA, dB, dbias, None, dW, *_NONES
-
-
-_NONES = (None,) * 7  # for absmax, absmax2, code, offset, spec, scaling, p
+    return dx, dA, dB, dbias, dW, None, None, None, None, None, None, None, None, None
 
 
 class _LoraLinear(torch.autograd.Function):
-    """Direct."""
+    """Direct. inputs: x, A, B, bias, dense W, seed, packed, absmax, absmax2, code, offset, spec, scaling, p."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any,
-        x: Tensor,
-        A: Tensor,
-        B: Tensor,
-        bias: Tensor | None,
-        seed: Tensor | None,
-        w: Tensor,
-        absmax: Tensor | None,
-        absmax2: Tensor | None,
-        code: Tensor | None,
-        offset: Tensor | None,
-        spec: WeightSpec,
-        scaling: float,
-        p: float,
-    ) -> Tensor:
-        weight = (w, absmax, absmax2, code, offset)
-        y, T = _forward(False, x, A, B, bias, seed, weight, spec, scaling, p)
-        _save(ctx, x, A, B, bias, seed, weight, spec, scaling, p, T)
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        y, T = _apply(False, inputs)
+        _save(ctx, inputs, T)
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        if torch.is_grad_enabled():
-            no_double_backward(grad, "lora_linear")
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        no_double_backward(grad, "lora_linear")
         return _backward(ctx, not is_direct(grad), grad)
 
 
 class _LoraLinearTraced(torch.autograd.Function):
+    """The same inputs; T is a second output: functorch saves nothing but inputs and outputs."""
+
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        x: Tensor,
-        A: Tensor,
-        B: Tensor,
-        bias: Tensor | None,
-        seed: Tensor | None,
-        w: Tensor,
-        absmax: Tensor | None,
-        absmax2: Tensor | None,
-        code: Tensor | None,
-        offset: Tensor | None,
-        spec: WeightSpec,
-        scaling: float,
-        p: float,
-    ) -> tuple[Tensor, Tensor]:
-        return _forward(True, x, A, B, bias, seed, (w, absmax, absmax2, code, offset), spec, scaling, p)
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
+        return _apply(True, inputs)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:  # type: ignore[override]
-        x, A, B, bias, seed, w, absmax, absmax2, code, offset, spec, scaling, p = inputs
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         ctx.mark_non_differentiable(output[1])
-        _save(ctx, x, A, B, bias, seed, (w, absmax, absmax2, code, offset), spec, scaling, p, output[1])
+        _save(ctx, inputs, output[1])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
         return _backward(ctx, True, grad)
 
 
+def _apply(traced: bool, inputs: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+    x, A, B, bias, dense, seed, packed, absmax, absmax2, code, offset, spec, scaling, p = inputs
+    weight = weight4(packed, absmax, absmax2, code, offset, spec) if dense is None else dense
+    return _forward(traced, x, weight, A, B, bias, seed, scaling, p)
+
+
 def check_scaling(scaling: float) -> None:
-    if not isinstance(scaling, (float, int)) and not isinstance(scaling, numbers.Real):
+    if not isinstance(scaling, _REAL):
         raise TypeError(f"scaling: expected a number, got {type(scaling).__name__}")
     if not -_FLOAT32_MAX <= scaling <= _FLOAT32_MAX:
         raise ValueError(f"scaling: expected a finite number in float32's range, got {scaling}")
 
 
 def check_dropout(dropout: float) -> None:
-    if not isinstance(dropout, (float, int)) and not isinstance(dropout, numbers.Real):
+    if not isinstance(dropout, _REAL):
         raise TypeError(f"dropout: expected a number, got {type(dropout).__name__}")
     if not 0.0 <= dropout <= 1.0:
         raise ValueError(f"dropout: expected a probability in [0, 1], got {dropout}")
@@ -249,45 +214,52 @@ def lora_linear(
 ) -> Tensor:
     """Y = X Wᵀ + s · dropout(X) Aᵀ Bᵀ + b, the adapter added inside the frozen product: Y is written once.
 
-    x [..., K] fp32, bf16 or fp16, any strides, any batch shape, empty too; weight a dense [N, K] of x's dtype or a
-    QuantizedWeight; lora_A [R, K], lora_B [N, R] and bias [N] of any of these dtypes (PEFT keeps adapters in fp32
-    beside a bf16 x). Returns [..., N] of x's dtype, contiguous.
+    x [..., K] fp32, bf16 or fp16, any strides, any batch shape, empty too; weight a dense [N, K] of x's dtype
+    or a QuantizedWeight; lora_A [R, K], lora_B [N, R] and bias [N] of any of these dtypes (PEFT keeps
+    adapters in fp32 beside a bf16 x). Returns [..., N] of x's dtype, contiguous.
 
-    T = s · dropout(X) Aᵀ is rounded to x's dtype; every sum runs in fp32. With a dense W, torch's own GEMM adds to the
-    addend, which costs one more rounding to x's dtype.
+    T = s · dropout(X) Aᵀ is rounded to x's dtype; every sum runs in fp32. With a dense W, torch's own GEMM
+    adds to the addend, which costs one more rounding to x's dtype.
 
-    Backward, with G = s · dY B: dX = dY W + G A, dA = Gᵀ X, dB = dYᵀ T, dbias = Σ dY, each in its own parameter's
-    dtype, and only those that are asked for. A QuantizedWeight is frozen; a dense W that requires grad gets dW = dYᵀ X.
-    Saved: x, A, B, T and the weight by reference, never a dequantized W. First derivatives in reverse mode only: double
-    backward and forward mode raise RuntimeError.
+    Backward, with G = s · dY B: dX = dY W + G A, dA = Gᵀ X, dB = dYᵀ T, dbias = Σ dY, each in its own
+    parameter's dtype, and only those that are asked for. A QuantizedWeight is frozen; a dense W that requires
+    grad gets dW = dYᵀ X. Saved: x, A, B, T and the weight by reference, never a dequantized W. First
+    derivatives in reverse mode only: double backward and forward mode raise RuntimeError.
 
-    dropout acts on the adapter's input alone, always (training or not is the caller's business). Its seed is drawn from
-    torch's generator of x's device, so manual_seed repeats it and checkpointing replays it; backward rebuilds the mask
-    from the seed. Under torch.autocast x and a dense W are cast as F.linear casts them; the adapters are brought to
-    that dtype inside the product and keep their own dtype for their gradients.
+    dropout acts on the adapter's input alone, always (training or not is the caller's business). Its seed is
+    drawn from torch's generator of x's device, so manual_seed repeats it and checkpointing replays it;
+    backward rebuilds the mask from the seed. Under torch.autocast x and a dense W are cast as F.linear casts
+    them; the adapters are brought to that dtype inside the product and keep their own dtype for their
+    gradients.
 
-    Raises TypeError or ValueError naming the argument; RuntimeError when a forced backend cannot run the call.
-    Method: LoRA, Hu et al., arXiv 2106.09685; QLoRA, Dettmers et al., arXiv 2305.14314.
+    Raises TypeError or ValueError naming the argument; RuntimeError when a forced backend cannot run the
+    call. Method: LoRA, Hu et al., arXiv 2106.09685; QLoRA, Dettmers et al., arXiv 2305.14314.
     """
     dtype = _check(x, weight, lora_A, lora_B, scaling, bias, dropout)
     if dtype is not x.dtype:
         x = x.to(dtype)
-    if isinstance(weight, Tensor) and weight.dtype is not dtype:
-        weight = weight.to(dtype)
-    tensors, spec = flatten_weight(weight)
-    seed = None if dropout == 0.0 else torch.randint(-(1 << 63), (1 << 63) - 1, (), device=x.device)
-    if not is_direct(x, lora_A, lora_B, bias, *tensors):
-        y, _ = _LoraLinearTraced.apply(x, lora_A, lora_B, bias, seed, *tensors, spec, scaling, dropout)
-        return y  # type: ignore[no-any-return]
-    if torch.is_grad_enabled() and (
+    seed = None if dropout == 0.0 else draw_seed(x.device)
+    if isinstance(weight, QuantizedWeight):
+        quantized, dense = weight, None
+        direct = is_direct(x, lora_A, lora_B, bias, weight.packed)
+    else:
+        quantized, dense = None, weight if weight.dtype is dtype else weight.to(dtype)
+        direct = is_direct(x, lora_A, lora_B, bias, dense)
+    differentiable = torch.is_grad_enabled() and (
         x.requires_grad
         or lora_A.requires_grad
         or lora_B.requires_grad
         or (bias is not None and bias.requires_grad)
-        or (spec is None and tensors[0].requires_grad)
-    ):
-        return _LoraLinear.apply(x, lora_A, lora_B, bias, seed, *tensors, spec, scaling, dropout)  # type: ignore[no-any-return]
-    return _forward(False, x, lora_A, lora_B, bias, seed, tensors, spec, scaling, dropout)[0]
+        or (dense is not None and dense.requires_grad)
+    )
+    if direct and not differentiable:
+        operand: Any = dense if quantized is None else quantized.kernel_args
+        return _forward(False, x, operand, lora_A, lora_B, bias, seed, scaling, dropout)[0]
+    tensors, spec = ((None,) * 5, None) if quantized is None else flatten_weight(quantized)
+    inputs = (x, lora_A, lora_B, bias, dense, seed, *tensors, spec, scaling, dropout)
+    if direct:
+        return _LoraLinear.apply(*inputs)  # type: ignore[no-any-return,no-untyped-call]
+    return _LoraLinearTraced.apply(*inputs)[0]  # type: ignore[no-any-return,no-untyped-call]
 
 
 def _calls(
@@ -312,8 +284,8 @@ dispatch.CALLS["lora_linear"] = _calls
 def lora_delta(lora_A: Tensor, lora_B: Tensor, scaling: float = 1.0) -> Tensor:
     """ΔW = s · B A: what the adapter adds to W.
 
-    lora_A [R, K], lora_B [N, R], fp32, bf16 or fp16. Returns [N, K] in the two dtypes' common one, summed in fp32 and
-    rounded once; differentiable to any order. Raises TypeError or ValueError naming the argument.
+    lora_A [R, K], lora_B [N, R], fp32, bf16 or fp16. Returns [N, K] in the two dtypes' common one, summed in
+    fp32 and rounded once; differentiable to any order. Raises TypeError or ValueError naming the argument.
     """
     if not isinstance(lora_A, Tensor) or lora_A.dim() != 2:
         refuse("lora_A", lora_A, "shape [R, K]", None, None)
@@ -331,14 +303,16 @@ def merge(weight: QuantizedWeight, delta: Tensor) -> QuantizedWeight: ...
 def merge(weight: QuantizedWeight | Tensor, delta: Tensor) -> QuantizedWeight | Tensor:
     """W + ΔW, summed in fp32, as the same kind of weight; `weight` itself stays as it is.
 
-    A dense weight [N, K] gives a dense one of its dtype, differentiable. A QuantizedWeight is re-quantized with its own
-    settings (quant_type, blocksize, double quantization, dtype): the merged weight carries a fresh quantization error, as
-    QLoRA's merge does. delta [N, K], fp32, bf16 or fp16. Raises TypeError or ValueError naming the argument.
+    A dense weight [N, K] gives a dense one of its dtype, differentiable. A QuantizedWeight is re-quantized
+    with its own settings (quant_type, blocksize, double quantization, dtype): the merged weight carries a
+    fresh quantization error, as QLoRA's merge does. delta [N, K], fp32, bf16 or fp16. Raises TypeError or
+    ValueError naming the argument.
     """
     if isinstance(weight, QuantizedWeight):
         check_tensor("delta", delta, weight.shape, weight.packed.device)
         merged = dequantize_4bit(weight, torch.float32) + delta.detach()
-        return quantize_4bit(merged.to(weight.dtype), weight.quant_type, weight.blocksize, weight.nested is not None)
+        merged = merged.to(weight.dtype)
+        return quantize_4bit(merged, weight.quant_type, weight.blocksize, weight.nested is not None)
     if not isinstance(weight, Tensor) or weight.dim() != 2:
         refuse("weight", weight, "a QuantizedWeight or shape [N, K]", None, None)
     check_tensor("weight", weight, tuple(weight.shape), weight.device)

@@ -48,7 +48,7 @@ def _dequantize(
     out = torch.empty((rows, columns), dtype=dtype, device=packed.device)
     if rows and columns:
         spec = (quant_type, blocksize, blocksize2, rows, columns)
-        weight = linear._weight4(packed, absmax, absmax2, code, offset, spec)
+        weight = linear.weight4(packed, absmax, absmax2, code, offset, spec)
         find("dequantize", packed.device, dtype)(out, weight)
     return out
 
@@ -58,12 +58,12 @@ def _dequantize_fake(packed: Tensor, *args: Any) -> Tensor:
     return packed.new_empty((rows, columns), dtype=dtype)
 
 
-linear._register(
+linear.register(
     "quantize_4bit(Tensor weight, str quant_type, int blocksize) -> (Tensor, Tensor)",
     _quantize,
     _quantize_fake,
 )
-linear._register(
+linear.register(
     "dequantize_4bit(Tensor packed, Tensor absmax, Tensor? absmax2, Tensor? code, Tensor? offset, "
     "str quant_type, int blocksize, int blocksize2, int rows, int columns, ScalarType dtype) -> Tensor",
     _dequantize,
