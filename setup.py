@@ -39,14 +39,16 @@ def compiler_problem() -> str | None:
 
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
         problem = compiler_problem()
         if problem:
             if os.environ.get("PEFTKERN_REQUIRE_EXT") == "1":
                 raise SystemExit(f"PEFTKERN_REQUIRE_EXT=1, but {problem}")
             print(f"WARNING: peftkern: {problem}", file=sys.stderr)
             print("WARNING: peftkern is installed without its compiled CPU kernels", file=sys.stderr)
+            if not self.inplace:
+                target.unlink(missing_ok=True)  # what an earlier build left in the staging folder
             return
-        target = Path(self.get_ext_fullpath(ext.name)).resolve()
         if self.editable_mode or self.inplace:
             build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
         else:
