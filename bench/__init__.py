@@ -1,0 +1,1 @@
+"""Microbenchmarks: what is measured (cases), by whom else (peers), how (run), and the pictures (plot)."""
