@@ -51,7 +51,12 @@ def _draw(panels: dict[tuple[str, str], list[Row]], column: str, label: str, tit
 
     across = min(3, len(panels))
     down = -(-len(panels) // across)
-    figure, axes = plt.subplots(down, across, figsize=(4.4 * across, 3.3 * down), squeeze=False, sharex=False)
+    width = max(7.5, 4.4 * across)
+    columns = int(width / 1.8)
+    names = {row["candidate"] for rows in panels.values() for row in rows}
+    legend = 0.2 + 0.2 * -(-len(names) // columns)  # inches
+    height = 0.5 + 2.8 * down + legend
+    figure, axes = plt.subplots(down, across, figsize=(width, height), squeeze=False)
     handles: dict[str, Any] = {}
     for axis, ((op, shape), rows) in zip(axes.flat, panels.items(), strict=False):
         for name, colour in COLOURS.items():
@@ -92,11 +97,15 @@ def _draw(panels: dict[tuple[str, str], list[Row]], column: str, label: str, tit
         axis.set_ylabel(label, fontsize=8)
     for axis in list(axes.flat)[len(panels) :]:
         axis.set_visible(False)
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(title, fontsize=9)
     figure.legend(
-        handles.values(), handles.keys(), loc="lower center", ncols=min(5, len(handles)), fontsize=8
+        list(handles.values()),
+        list(handles),
+        loc="lower center",
+        ncols=min(columns, len(handles)),
+        fontsize=8,
     )
-    figure.tight_layout(rect=(0, 0.02 + 0.22 / (3.3 * down), 1, 1))
+    figure.tight_layout(rect=(0, legend / height, 1, 1))
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None, dpi=130)
     plt.close(figure)
 
@@ -110,8 +119,8 @@ def draw(csv: Path, folder: Path, suffix: str = ".svg") -> list[Path]:
     some = next(iter(panels.values()))[0]
     where = f"{some['machine']}, {some['threads']} threads, {some['isa']}, bf16, NF4, weights from memory"
     figures = {
-        "speedup": ("ratio", "time / peftkern's", f"Time of each candidate over peftkern's; {where}"),
-        "throughput": ("gflop_s", "GFLOP/s", f"Throughput; {where}"),
+        "speedup": ("ratio", "time / peftkern's", f"Time of each candidate over peftkern's\n{where}"),
+        "throughput": ("gflop_s", "GFLOP/s", f"Throughput\n{where}"),
     }
     written: list[Path] = []
     for name, (column, label, title) in figures.items():
