@@ -186,6 +186,12 @@ def thin_matmul(
     return result
 
 
+def sum_rows(traced: bool, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Σ_m x[m, ·] as 1ᵀ x, summed in fp32: torch's sum would make an fp32 copy of x first."""
+    ones = x.new_ones(1, 1).expand(1, x.shape[0])
+    return thin_matmul(traced, ones, x, True, 1.0, dtype).view(x.shape[1])
+
+
 def dropout(traced: bool, x: Tensor, p: float, seed: Tensor) -> Tensor:
     """x where kept, else 0; unscaled, hence exact. Backward repeats the mask from (seed, element)."""
     if traced:
@@ -329,7 +335,8 @@ def _backward(ctx: Any, traced: bool, grad: Tensor) -> tuple[Any, ...]:
     dx = base_matmul(traced, dY, weight, True) if needs_x else None
     if dx is not None and grad.ndim != 2:
         dx = dx.view(*grad.shape[:-1], weight[6])
-    return dx, dY.sum(0, dtype=ctx.bias_dtype) if needs_bias else None, None, None, None, None, None, None
+    dbias = sum_rows(traced, dY, ctx.bias_dtype) if needs_bias else None
+    return dx, dbias, None, None, None, None, None, None
 
 
 class _Linear4bit(torch.autograd.Function):
@@ -427,7 +434,8 @@ def linear_4bit(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) 
 
 
 def _calls(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> tuple[Call, ...]:
-    return (Call("matmul", x.device, _check(x, weight, bias)),)
+    dtype = _check(x, weight, bias)
+    return (Call("matmul", x.device, dtype),)
 
 
 dispatch.CALLS["linear_4bit"] = _calls

@@ -21,6 +21,7 @@ from peftkern.ops.linear import (
     is_direct,
     no_double_backward,
     refuse,
+    sum_rows,
     thin_matmul,
     weight4,
 )
@@ -100,7 +101,7 @@ def _backward(ctx: Any, traced: bool, grad: Tensor) -> tuple[Any, ...]:
         if grad.ndim != 2:
             dx = dx.view(*grad.shape[:-1], dx.shape[-1])
     if needs_bias:
-        dbias = dY.sum(0, dtype=bias_dtype)
+        dbias = sum_rows(traced, dY, bias_dtype)
     if needs_W:
         dW = torch.mm(dY.t(), rows)
     return dx, dA, dB, dbias, dW, None, None, None, None, None, None, None, None, None

@@ -1,0 +1,63 @@
+"""Fixtures: every test runs seeded, on poisoned memory; `isa` and `backend` run it once for each one there is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+import peftkern
+from peftkern.backends import cpu
+
+ISAS: list[str] = [] if cpu.missing() is not None else cpu._cpu.isa_levels()
+
+# derandomized: the same examples on every run, so that a failure stays one; the isa fixture holds over examples
+settings.register_profile(
+    "peftkern", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+settings.load_profile("peftkern")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--require-ext", action="store_true", help="fail, not skip, where the extension is missing"
+    )
+
+
+def pytest_report_header() -> str:
+    missing = cpu.missing()
+    return f"peftkern: cpu levels {', '.join(ISAS)}" if missing is None else f"peftkern: {missing}"
+
+
+@pytest.fixture(autouse=True)
+def _seeded_and_poisoned() -> Iterator[None]:
+    """Deterministic mode makes torch fill fresh memory with NaN (255 in bytes): what is not written shows."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=ISAS or ["none"])
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each instruction set level of this machine, in use."""
+    if not ISAS:
+        if request.config.getoption("--require-ext"):
+            pytest.fail(str(cpu.missing()))
+        pytest.skip(str(cpu.missing()))
+    with cpu.use_isa(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=["reference", *(f"cpu-{isa}" for isa in ISAS)])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each backend, forced; the cpu one at each level."""
+    name, _, level = request.param.partition("-")
+    with peftkern.use_backend(name):
+        if level:
+            with cpu.use_isa(level):
+                yield request.param
+        else:
+            yield request.param

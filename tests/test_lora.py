@@ -1,0 +1,491 @@
+"""lora_linear, lora_delta and merge: values, every gradient by name, and everything around the numbers."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+
+import bounds
+import pytest
+import torch
+from cases import Case, cases, operands, unbatched
+from hypothesis import given, settings
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+import peftkern
+from peftkern import QuantizedWeight, lora_delta, lora_linear, merge, reference
+
+
+def make(
+    N: int = 40, K: int = 96, R: int = 8, M: int = 6, dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
+    return {
+        "x": torch.randn(M, K).to(dtype).requires_grad_(),
+        "lora_A": torch.randn(R, K).requires_grad_(),
+        "lora_B": torch.randn(N, R).requires_grad_(),
+        "bias": torch.randn(N).requires_grad_(),
+    }
+
+
+def quantized(N: int = 40, K: int = 96, **settings: object) -> QuantizedWeight:
+    return peftkern.quantize_4bit(torch.randn(N, K), **settings)  # type: ignore[arg-type]
+
+
+@settings(max_examples=30)
+@given(case=cases(dense=True))
+def test_values_and_gradients(case: Case, backend: str) -> None:
+    o = operands(case)
+    y = lora_linear(o.x, o.weight, o.lora_A, o.lora_B, 0.75, o.bias)
+    assert y.dtype == case.dtype
+    assert y.is_contiguous()
+    assert y.shape == (*o.x.shape[:-1], case.N)
+    inputs = {"x": o.x, "lora_A": o.lora_A, "lora_B": o.lora_B}
+    if o.bias is not None:
+        inputs["bias"] = o.bias
+    found = torch.autograd.grad(y, list(inputs.values()), o.grad.view(y.shape))
+    expected = bounds.linear(unbatched(o.x), o.weight, o.bias, o.grad, o.lora_A, o.lora_B, 0.75)
+    bounds.check("y", unbatched(y), expected["y"], case.independent)
+    for (name, tensor), gradient in zip(inputs.items(), found, strict=True):
+        assert gradient.dtype == tensor.dtype, name
+        bounds.check(name, unbatched(gradient) if name == "x" else gradient, expected[name], case.independent)
+
+
+@settings(max_examples=15)
+@given(case=cases(dense=True))
+def test_dropout_values_and_gradients(case: Case, backend: str) -> None:
+    """The mask is reference.dropout_mask of the seed drawn, over the row-major index, in forward and in backward."""
+    o = operands(case)
+    inputs = {"x": o.x, "lora_A": o.lora_A, "lora_B": o.lora_B}
+    torch.manual_seed(case.seed)
+    y = lora_linear(o.x, o.weight, o.lora_A, o.lora_B, 0.75, None, 0.3)
+    torch.manual_seed(case.seed)
+    mask = reference.dropout_mask(reference.draw_seed(), (case.M, case.K), 0.3)
+    found = torch.autograd.grad(y, list(inputs.values()), o.grad.view(y.shape))
+    expected = bounds.linear(unbatched(o.x), o.weight, None, o.grad, o.lora_A, o.lora_B, 0.75, 0.3, mask)
+    bounds.check("y", unbatched(y), expected["y"], case.independent)
+    for (name, _), gradient in zip(inputs.items(), found, strict=True):
+        bounds.check(name, unbatched(gradient) if name == "x" else gradient, expected[name], case.independent)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_trained_dense_weight(dtype: torch.dtype, backend: str) -> None:
+    """A dense W that asks for its gradient gets dW = dYᵀ X; a frozen one costs nothing."""
+    o = make(dtype=dtype)
+    weight = torch.randn(40, 96).to(dtype).requires_grad_()
+    y = lora_linear(o["x"], weight, o["lora_A"], o["lora_B"], 0.5, o["bias"])
+    grad = torch.randn_like(y)
+    (dW,) = torch.autograd.grad(y, weight, grad)
+    expected = bounds.matmul(bounds.exact(grad).t(), bounds.exact(o["x"]).t(), dtype)
+    bounds.check("weight", dW, expected)
+
+
+def test_rank_zero_and_no_rows(backend: str) -> None:
+    """An empty adapter is the base alone; an empty batch gives zero gradients, not NaN."""
+    weight = quantized()
+    x = torch.randn(3, 96, requires_grad=True)
+    A, B = torch.empty(0, 96, requires_grad=True), torch.empty(40, 0, requires_grad=True)
+    y = lora_linear(x, weight, A, B)
+    assert torch.equal(y, peftkern.linear_4bit(x, weight))
+    gA, gB = torch.autograd.grad(y.sum(), (A, B))
+    assert (gA.shape, gB.shape) == (A.shape, B.shape)
+    for W in (weight, torch.randn(40, 96)):
+        o = make(M=0)
+        y = lora_linear(o["x"], W, o["lora_A"], o["lora_B"], 1.0, o["bias"])
+        assert y.shape == (0, 40)
+        for name, gradient in zip(o, torch.autograd.grad(y.sum(), list(o.values())), strict=True):
+            assert not bool(gradient.any()), name
+            assert gradient.shape == o[name].shape, name
+
+
+@pytest.mark.parametrize("wanted", ["x", "lora_A", "lora_B", "bias"])
+@pytest.mark.parametrize("dense", [False, True])
+def test_each_gradient_alone(wanted: str, dense: bool, backend: str) -> None:
+    """Asking for one gradient gives the bits that asking for all gives."""
+    o = make()
+    weight = torch.randn(40, 96) if dense else quantized()
+    grad = torch.randn(6, 40)
+    every = torch.autograd.grad(
+        lora_linear(o["x"], weight, o["lora_A"], o["lora_B"], 0.5, o["bias"]), list(o.values()), grad
+    )
+    alone = {name: tensor.detach().requires_grad_(name == wanted) for name, tensor in o.items()}
+    y = lora_linear(alone["x"], weight, alone["lora_A"], alone["lora_B"], 0.5, alone["bias"])
+    (found,) = torch.autograd.grad(y, alone[wanted], grad)
+    assert torch.equal(found, every[list(o).index(wanted)])
+
+
+def test_what_backward_keeps() -> None:
+    """x, A, B, T and the packed weight by reference; never a dequantized W. Only what the wanted gradients read."""
+    weight = quantized(double_quant=True)
+    o = make()
+
+    def saved(**frozen: bool) -> list[Tensor]:
+        kept: list[Tensor] = []
+        a = {name: tensor.detach().requires_grad_(not frozen.get(name, False)) for name, tensor in o.items()}
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            lora_linear(a["x"], weight, a["lora_A"], a["lora_B"], 0.5, a["bias"])
+        return kept
+
+    pointers = {t.data_ptr() for t in saved()}
+    assert {
+        o["x"].data_ptr(),
+        o["lora_A"].data_ptr(),
+        o["lora_B"].data_ptr(),
+        weight.packed.data_ptr(),
+    } <= pointers
+    assert all(tuple(t.shape) != (40, 96) for t in saved())
+    assert sorted(
+        tuple(t.shape) for t in saved() if t.data_ptr() not in {w.data_ptr() for w in weight.kernel_args[:2]}
+    )[:1] == [()]
+    no_dx = {t.data_ptr() for t in saved(x=True)}
+    assert weight.packed.data_ptr() not in no_dx
+    assert o["lora_A"].data_ptr() not in no_dx
+    only_dx = {t.data_ptr() for t in saved(lora_A=True, lora_B=True, bias=True)}
+    assert o["x"].data_ptr() not in only_dx
+
+
+def test_dropout_is_repeatable() -> None:
+    o, weight = make(), quantized()
+
+    def run() -> Tensor:
+        return lora_linear(o["x"], weight, o["lora_A"], o["lora_B"], 1.0, None, 0.5)
+
+    torch.manual_seed(3)
+    first, second = run(), run()
+    torch.manual_seed(3)
+    assert torch.equal(run(), first)
+    assert torch.equal(run(), second)
+    assert not torch.equal(first, second)
+
+
+def test_dropout_keeps_its_share() -> None:
+    """E[dropout(x)] = x: with W = 0 and an identity adapter, Y is dropout(x) itself."""
+    K = 64
+    x = torch.ones(4000, K)
+    y = lora_linear(x, torch.zeros(K, K), torch.eye(K), torch.eye(K), 1.0, None, 0.25)
+    kept = y != 0
+    assert torch.allclose(y[kept], torch.tensor(4 / 3))
+    # 256 000 draws of variance 0.1875: five standard deviations of the mean
+    assert abs(kept.double().mean().item() - 0.75) < 5 * (0.1875 / kept.numel()) ** 0.5
+
+
+def test_dropout_of_one_is_the_base_alone(backend: str) -> None:
+    o, weight = make(), quantized()
+    y = lora_linear(o["x"], weight, o["lora_A"], o["lora_B"], 1.0, o["bias"], 1.0)
+    assert torch.equal(y, peftkern.linear_4bit(o["x"], weight, o["bias"]))
+    for name, gradient in zip(o, torch.autograd.grad(y.sum(), list(o.values())), strict=True):
+        assert bool(gradient.isfinite().all()), name
+        if name.startswith("lora"):
+            assert not bool(gradient.any()), name
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing(reentrant: bool, dropout: float) -> None:
+    """Recomputed in backward with the same mask: the bits of the plain run."""
+    o, weight = make(), quantized()
+
+    def block(x: Tensor) -> Tensor:
+        y = lora_linear(x, weight, o["lora_A"], o["lora_B"], 0.5, o["bias"], dropout)
+        return torch.nn.functional.silu(y)
+
+    torch.manual_seed(5)
+    plain = block(o["x"])
+    expected = torch.autograd.grad(plain.square().sum(), list(o.values()))
+    for tensor in o.values():
+        tensor.grad = None
+    torch.manual_seed(5)
+    y = checkpoint(block, o["x"], use_reentrant=reentrant)
+    assert isinstance(y, Tensor)
+    assert torch.equal(y, plain)
+    y.square().sum().backward()
+    for (name, tensor), gradient in zip(o.items(), expected, strict=True):
+        assert tensor.grad is not None, name
+        assert torch.equal(tensor.grad, gradient), name
+
+
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("cast", [torch.bfloat16, torch.float16])
+def test_autocast(cast: torch.dtype, dense: bool) -> None:
+    """As F.linear: x (and a dense W) in autocast's dtype, gradients in their parameters' own."""
+    o = make()
+    weight = torch.randn(40, 96) if dense else quantized()
+    with torch.autocast("cpu", dtype=cast):
+        y = lora_linear(o["x"], weight, o["lora_A"], o["lora_B"], 0.5, o["bias"])
+        assert (
+            peftkern.explain(lora_linear, o["x"], weight, o["lora_A"], o["lora_B"]).choices[0].call.dtype
+            == cast
+        )
+    assert y.dtype == cast
+    low = o["x"].detach().to(cast).requires_grad_()
+    W = weight.to(cast) if isinstance(weight, Tensor) else weight
+    expected = lora_linear(low, W, o["lora_A"], o["lora_B"], 0.5, o["bias"])
+    assert torch.equal(y, expected)
+    grad = torch.randn_like(y)
+    found = torch.autograd.grad(y, list(o.values()), grad)
+    wanted = torch.autograd.grad(expected, [low, *list(o.values())[1:]], grad)
+    for name, a, b in zip(o, found, wanted, strict=True):
+        assert a.dtype == torch.float32, name
+        assert torch.equal(a, b.float()), name
+
+
+def test_double_backward_raises() -> None:
+    o = make()
+    for weight in (quantized(), torch.randn(40, 96)):
+        y = lora_linear(o["x"], weight, o["lora_A"], o["lora_B"], 0.5, o["bias"])
+        with pytest.raises(RuntimeError, match="lora_linear: double backward is not implemented"):
+            torch.autograd.grad(y.square().sum(), o["x"], create_graph=True)
+    y = peftkern.linear_4bit(o["x"], quantized())
+    with pytest.raises(RuntimeError, match="linear_4bit: double backward is not implemented"):
+        torch.autograd.grad(y.square().sum(), o["x"], create_graph=True)
+
+
+def _everything(
+    dtype: torch.dtype, M: int, weight: Tensor | QuantizedWeight, o: dict[str, Tensor]
+) -> list[Tensor]:
+    y = lora_linear(o["x"], weight, o["lora_A"], o["lora_B"], 0.5, o["bias"])
+    torch.manual_seed(1)
+    return [y.detach(), *torch.autograd.grad(y, list(o.values()), torch.randn_like(y))]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_bits_do_not_depend_on_the_thread_count(dtype: torch.dtype, isa: str) -> None:
+    """Promise 3, on the package's own kernels: large enough that every thread gets work."""
+    before = torch.get_num_threads()
+    try:
+        for M in (1, 5, 70):
+            o = make(N=300, K=520, R=16, M=M, dtype=dtype)
+            weight = quantized(300, 520)
+            runs = []
+            for threads in (1, 2, 3, 7):
+                torch.set_num_threads(threads)
+                runs.append(_everything(dtype, M, weight, o))
+            for run in runs[1:]:
+                for name, a, b in zip(("y", *o), run, runs[0], strict=True):
+                    assert torch.equal(a, b), name
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_bad_row_stays_alone(value: float, dtype: torch.dtype, isa: str) -> None:
+    """NaN or Inf in one row of x or dY: Y and dX of the other rows keep their bits."""
+    weight = quantized()
+    for M in (2, 17, 70):
+        o = make(M=M, dtype=dtype)
+        clean = o["x"]
+        dirty = clean.detach().clone()
+        dirty[M // 2, 50] = value
+        dirty.requires_grad_()
+        grad = torch.randn(M, 40).to(dtype)
+        bad_grad = grad.clone()
+        bad_grad[M // 2] = value
+        others = torch.arange(M) != M // 2
+        y = lora_linear(clean, weight, o["lora_A"], o["lora_B"])
+        bad_y = lora_linear(dirty, weight, o["lora_A"], o["lora_B"])
+        assert torch.equal(y[others], bad_y[others])
+        (dx,) = torch.autograd.grad(y, clean, grad)
+        (bad_dx,) = torch.autograd.grad(bad_y, dirty, bad_grad)
+        assert torch.equal(dx[others], bad_dx[others])
+
+
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_inputs_stay_as_they_are(dense: bool, dropout: float, backend: str) -> None:
+    o = make(dtype=torch.bfloat16)
+    weight = torch.randn(40, 96).bfloat16() if dense else quantized(double_quant=True)
+    leaves, _ = torch.utils._pytree.tree_flatten((o, weight))
+    before = [leaf.detach().clone() for leaf in leaves]
+    versions = [leaf._version for leaf in leaves]
+    y = lora_linear(o["x"], weight, o["lora_A"], o["lora_B"], 0.5, o["bias"], dropout)
+    grad = torch.randn_like(y)
+    kept = grad.clone()
+    torch.autograd.grad(y, list(o.values()), grad)
+    assert torch.equal(grad, kept)
+    assert all(torch.equal(leaf, copy) for leaf, copy in zip(leaves, before, strict=True))
+    assert [leaf._version for leaf in leaves] == versions
+
+
+def test_wide_strides_of_everything(backend: str) -> None:
+    """Adapters, bias and a dense W as transposed and sliced views: the bits of their contiguous copies."""
+    for dense in (False, True):
+        o = make()
+        W: Tensor | QuantizedWeight = torch.randn(96, 40).t() if dense else quantized()
+        views = {
+            "x": torch.randn(96, 6).t(),
+            "lora_A": torch.randn(96, 16)[:, ::2].t(),
+            "lora_B": torch.randn(80, 11)[::2, 3:],
+            "bias": torch.randn(120)[::3],
+        }
+        views = {name: view.requires_grad_() for name, view in views.items()}
+        copies = {name: view.detach().contiguous().requires_grad_() for name, view in views.items()}
+        plain = W.contiguous() if isinstance(W, Tensor) else W
+        results = []
+        for a, w in ((views, W), (copies, plain)):
+            y = lora_linear(a["x"], w, a["lora_A"], a["lora_B"], 0.5, a["bias"])
+            torch.manual_seed(2)
+            results.append([y.detach(), *torch.autograd.grad(y, list(a.values()), torch.randn(40, 6).t())])
+        for name, a_, b_ in zip(("y", *o), *results, strict=True):
+            # torch's own GEMM may sum transposed operands in another order
+            own = not dense and backend != "reference"
+            assert torch.equal(a_, b_) if own else torch.allclose(a_, b_, rtol=1e-5, atol=1e-4), name
+
+
+FORK = """
+    import os, sys, threading, torch, peftkern
+    torch.set_num_threads(2)
+    weight = peftkern.quantize_4bit(torch.randn(512, 512))
+    A, B = torch.randn(16, 512, requires_grad=True), torch.randn(512, 16, requires_grad=True)
+    x = torch.randn(16, 512)  # torch's own loops stay serial on so little: in a forked child they would hang
+    def run():
+        y = peftkern.lora_linear(x, weight, A, B)
+        return y.detach(), *torch.autograd.grad(y.square().sum(), (A, B))
+    expected = run()
+    def same():
+        return all(torch.equal(a, b) for a, b in zip(run(), expected))
+    failed = []
+    threads = [threading.Thread(target=lambda: failed.append(1) if not all(same() for _ in range(20)) else None)
+               for _ in range(4)]
+    [t.start() for t in threads]; [t.join() for t in threads]
+    assert not failed
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if same() else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert same()
+    print("done")
+"""
+
+
+def test_threads_and_fork() -> None:
+    """Four threads at once, then a fork after the OpenMP pool exists: same bits, and no hang (a hang fails by timeout)."""
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(FORK)],
+        capture_output=True, text=True, timeout=60, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    assert run.stdout.strip() == "done", run.stderr
+
+
+BAD: list[tuple[dict[str, object], type[Exception], str]] = [
+    ({"x": None}, TypeError, "x: expected a tensor, got NoneType"),
+    (
+        {"x": torch.zeros(2, 96, dtype=torch.float64)},
+        TypeError,
+        "x: expected dtype float32, bfloat16 or float16, got",
+    ),
+    ({"x": torch.zeros(2, 95)}, ValueError, r"x: expected shape \[\.\.\., 96\], got shape \[2, 95\]"),
+    ({"weight": "nf4"}, TypeError, "weight: expected a tensor or a QuantizedWeight, got str"),
+    (
+        {"weight": torch.zeros(96)},
+        ValueError,
+        r"weight: expected a QuantizedWeight or shape \[N, K\], got shape \[96\]",
+    ),
+    (
+        {"weight": torch.zeros(40, 96).bfloat16()},
+        TypeError,
+        "weight: expected dtype float32 as x's, got bfloat16",
+    ),
+    ({"weight": torch.zeros(40, 96).char()}, TypeError, "weight: expected dtype .* got int8"),
+    (
+        {"weight": torch.zeros(40, 96, device="meta")},
+        ValueError,
+        "x: expected device meta as the weight's, got cpu",
+    ),
+    ({"lora_A": torch.zeros(8, 95)}, ValueError, r"lora_A: expected shape \[8, 96\], got shape \[8, 95\]"),
+    ({"lora_A": torch.zeros(96)}, ValueError, r"lora_A: expected shape \[R, 96\], got shape \[96\]"),
+    ({"lora_A": 3}, TypeError, "lora_A: expected a tensor, got int"),
+    ({"lora_A": torch.zeros(8, 96).long()}, TypeError, "lora_A: expected dtype .* got int64"),
+    ({"lora_B": torch.zeros(40, 7)}, ValueError, r"lora_B: expected shape \[40, 8\], got shape \[40, 7\]"),
+    ({"lora_B": torch.zeros(8, 40)}, ValueError, r"lora_B: expected shape \[40, 8\], got shape \[8, 40\]"),
+    (
+        {"lora_B": torch.zeros(40, 8, device="meta")},
+        ValueError,
+        "lora_B: expected device cpu as the weight's, got",
+    ),
+    ({"lora_B": torch.zeros(40, 8).to_sparse()}, TypeError, "lora_B: expected a strided tensor"),
+    ({"bias": torch.zeros(41)}, ValueError, r"bias: expected shape \[40\], got shape \[41\]"),
+    ({"scaling": torch.nan}, ValueError, "scaling: expected a finite number in float32's range, got nan"),
+    ({"scaling": -torch.inf}, ValueError, "scaling: expected a finite number in float32's range, got -inf"),
+    ({"scaling": 1e300}, ValueError, "scaling: expected a finite number in float32's range, got 1e"),
+    ({"scaling": "2"}, TypeError, "scaling: expected a number, got str"),
+    ({"scaling": torch.tensor(2.0)}, TypeError, "scaling: expected a number, got Tensor"),
+    ({"dropout": -0.1}, ValueError, r"dropout: expected a probability in \[0, 1\], got -0.1"),
+    ({"dropout": 1.1}, ValueError, r"dropout: expected a probability in \[0, 1\], got 1.1"),
+    ({"dropout": torch.nan}, ValueError, r"dropout: expected a probability in \[0, 1\], got nan"),
+    ({"dropout": None}, TypeError, "dropout: expected a number, got NoneType"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), BAD)
+def test_bad_arguments(change: dict[str, object], error: type[Exception], message: str) -> None:
+    weight = quantized()
+    arguments: dict[str, object] = {
+        "x": torch.zeros(2, 96),
+        "weight": weight,
+        "lora_A": torch.zeros(8, 96),
+        "lora_B": torch.zeros(40, 8),
+        **change,
+    }
+    calls: list[Callable[..., object]] = [lora_linear, lambda **a: peftkern.explain("lora_linear", **a)]
+    for call in calls:
+        with pytest.raises(error, match=message):
+            call(**arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_delta_and_dense_merge(dtype: torch.dtype) -> None:
+    """merge(W, delta) x is the adapted product, within the roundings of W' and of ΔW."""
+    o = make()
+    delta = lora_delta(o["lora_A"], o["lora_B"], 0.5)
+    bounds.check(
+        "delta",
+        delta,
+        bounds.matmul(bounds.exact(o["lora_B"]), bounds.exact(o["lora_A"]).t(), torch.float32, 0.5),
+    )
+    W = torch.randn(40, 96).to(dtype)
+    before = W.clone()
+    merged = merge(W, delta)
+    assert torch.equal(W, before)
+    assert merged.dtype == dtype
+    assert torch.equal(merged, (W.float() + delta).to(dtype))
+    grad = torch.autograd.grad(merged.float().sum(), o["lora_A"])[0]
+    assert torch.allclose(grad, 0.5 * o["lora_B"].sum(0)[:, None].expand(8, 96), atol=1e-4)
+
+
+@pytest.mark.parametrize("settings", [
+    {}, {"quant_type": "fp4", "blocksize": 32}, {"blocksize": 4096, "double_quant": True},
+])  # fmt: skip
+def test_quantized_merge_keeps_its_settings(settings: dict[str, object], backend: str) -> None:
+    """Re-quantized with its own settings: the bytes that quantize_4bit gives for W + ΔW."""
+    o, weight = make(), quantized(**settings)
+    copy = weight.packed.clone()
+    delta = lora_delta(o["lora_A"], o["lora_B"], 0.5).detach()
+    merged = merge(weight, delta)
+    expected = peftkern.quantize_4bit(peftkern.dequantize_4bit(weight, torch.float32) + delta, **settings)  # type: ignore[arg-type]
+    assert torch.equal(weight.packed, copy)
+    assert (merged.quant_type, merged.blocksize, merged.dtype) == (
+        weight.quant_type,
+        weight.blocksize,
+        weight.dtype,
+    )
+    assert (merged.nested is None) == (weight.nested is None)
+    assert torch.equal(merged.packed, expected.packed)
+    assert torch.equal(merged.absmax, expected.absmax)
+
+
+@pytest.mark.parametrize(("call", "error", "message"), [
+    (lambda: merge(torch.zeros(3), torch.zeros(3)), ValueError, r"weight: expected a QuantizedWeight or shape \[N, K\]"),
+    (lambda: merge(torch.zeros(3, 4), torch.zeros(4, 3)), ValueError, r"delta: expected shape \[3, 4\], got shape \[4, 3\]"),
+    (lambda: merge(quantized(), torch.zeros(96, 40)), ValueError, r"delta: expected shape \[40, 96\]"),
+    (lambda: merge(quantized(), None), TypeError, "delta: expected a tensor, got NoneType"),
+    (lambda: lora_delta(torch.zeros(8, 96), torch.zeros(40, 7)), ValueError, r"lora_B: expected shape \[40, 8\]"),
+    (lambda: lora_delta(torch.zeros(8), torch.zeros(40, 7)), ValueError, r"lora_A: expected shape \[R, K\]"),
+    (lambda: lora_delta(torch.zeros(8, 96), torch.zeros(40, 8), torch.inf), ValueError, "scaling: expected a finite"),
+])  # fmt: skip
+def test_bad_arguments_of_merging(call: Callable[[], object], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call()
