@@ -24,16 +24,20 @@ struct Bf16Kernel : Bf16Panels {
     Bf16Panels::decode_pairs<kPanelColumns>(w, row0, n, depth, width, o0, outputs, panel);
   }
 
+  static void prefetch(const Weight4& w, int64_t start) { Bf16Panels::prefetch<kDepth>(w, start); }
+
   template <int R, int V>
   static void tile(int64_t pairs, const Bf16* a, int64_t a_stride, const Bf16* b, int64_t b_stride, float* c,
                    int64_t c_stride, bool empty) {
     __m512 sum[R][V];
+#pragma GCC unroll 24
     for (int r = 0; r < R; ++r)
       for (int v = 0; v < V; ++v)
         sum[r][v] = empty ? _mm512_setzero_ps() : _mm512_loadu_ps(c + r * c_stride + v * kLanes);
     for (int64_t q = 0; q < pairs; ++q, a += 2, b += b_stride) {
       __m512i column[V];
       for (int v = 0; v < V; ++v) column[v] = _mm512_loadu_si512(b + 2 * v * kLanes);
+#pragma GCC unroll 24
       for (int r = 0; r < R; ++r) {
         int32_t pair;
         std::memcpy(&pair, a + r * a_stride, 4);
@@ -42,6 +46,7 @@ struct Bf16Kernel : Bf16Panels {
           sum[r][v] = _mm512_dpbf16_ps(sum[r][v], x, reinterpret_cast<__m512bh>(column[v]));
       }
     }
+#pragma GCC unroll 24
     for (int r = 0; r < R; ++r)
       for (int v = 0; v < V; ++v) _mm512_storeu_ps(c + r * c_stride + v * kLanes, sum[r][v]);
   }
@@ -56,7 +61,7 @@ struct Bf16Kernel : Bf16Panels {
 
 void matmul_bf16(const MatmulParams& p) {
   if (p.rows == 0 || p.outputs == 0) return;
-  if (dot_applies(p, 8)) return run_dot_bf16(p);
+  if (dot_applies(p, 12)) return run_dot_bf16<12>(p);
   Matmul<Bf16Kernel>(p).run();
 }
 

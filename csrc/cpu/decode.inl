@@ -43,6 +43,22 @@ inline const float* absmax_range(const Absmax& a, int64_t first, int64_t n, floa
   return buffer;
 }
 
+inline void prefetch_bytes(const void* base, int64_t offset, int64_t bytes) {
+  const uintptr_t at = reinterpret_cast<uintptr_t>(base) + static_cast<uintptr_t>(offset);
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(reinterpret_cast<const void*>(at + static_cast<uintptr_t>(i)), 0, 2);
+}
+
+// The absmax of n weights from flat index start on, wherever that is: a prefetch past the end is no access.
+inline void prefetch_absmax(const Weight4& w, int64_t start, int64_t n) {
+  const int64_t first = start >> w.log2_blocksize;
+  const int64_t blocks = n >> w.log2_blocksize;
+  if (w.absmax.values) {
+    prefetch_bytes(w.absmax.values, first * 4, blocks * 4);
+  } else {
+    prefetch_bytes(w.absmax.codes, first, blocks);
+  }
+}
+
 // out[i] = round(code[q] * absmax) for the n weights from flat index start on; T is float, Bf16 or F16.
 template <class T>
 inline void decode_range(const Weight4& w, CodeTable table, int64_t start, int64_t n, T* out) {

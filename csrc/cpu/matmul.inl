@@ -95,7 +95,7 @@ class Matmul {
           const int64_t end = min_of((g + 1) * pack_unit, p.transposed ? rows : round_up(rows, kLanes));
           p.transposed ? pack_rows(m0, rows, g * pack_unit, end) : pack_columns(m0, rows, g * pack_unit);
         }
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(guided)
         for (int64_t task = 0; task < panels * row_splits; ++task) {
           const int64_t panel = task / row_splits;
           const int64_t split = task % row_splits;
@@ -174,6 +174,7 @@ class Matmul {
     const int64_t vectors = ceil_div(end - begin, kLanes);
     const float* scales[K::kPanelRows];
     if (p.weight4.packed) {
+      prefetch_absmax(p.weight4, (o0 + panel_outputs) * p.inner, panel_outputs * p.inner);
       const int64_t per_row = scales_per_row();
       for (int64_t o = 0; o < outputs; ++o) {
         const int64_t flat = (o0 + o) * p.inner;
@@ -191,7 +192,10 @@ class Matmul {
         for (int64_t o = 0; o < outputs; ++o) {
           Elem* row = w.panel + o * kRowStride;
           if (K::kGroup > 1 && s.reordered) {
-            K::decode_reordered(p.weight4, (o0 + o) * p.inner + c, scales[o], (o0 + o) * p.inner, n, row);
+            const int64_t start = (o0 + o) * p.inner + c;
+            // the same row's next chunk, or the next panel's first: rows are too far apart for the hardware to guess
+            K::prefetch(p.weight4, c + depth < s.padded ? start + depth : start - c + panel_outputs * p.inner);
+            K::decode_reordered(p.weight4, start, scales[o], start - c, n, row);
           } else if (s.four_bit) {
             decode_range(p.weight4, table, (o0 + o) * p.inner + c, n, row);
           } else {

@@ -75,6 +75,12 @@ struct Bf16Panels {
     }
   }
 
+  template <int kDepth>
+  static void prefetch(const Weight4& w, int64_t start) {
+    const uintptr_t at = reinterpret_cast<uintptr_t>(w.packed) + static_cast<uintptr_t>(start >> 1);
+    for (int i = 0; i < kDepth / 2; i += 64) _mm_prefetch(reinterpret_cast<const char*>(at + i), _MM_HINT_T0);
+  }
+
   // n weights from flat index `start` (both multiples of 64); absmax[0] belongs to the block of `row`.
   static void decode_reordered(const Weight4& w, int64_t start, const float* absmax, int64_t row, int64_t n,
                                Bf16* out) {
@@ -155,70 +161,92 @@ struct Bf16Panels {
   }
 };
 
-// Few rows of x. Each row of W is decoded into registers as unscaled bf16 codes and meets every row of x there; absmax
-// enters as one fp32 multiply of the sum over a block: no table to build, nothing stored.
+// Few rows of x. Each row of W is decoded into registers and meets every row of x there; nothing is stored.
 //
-//   per 128 weights  1 load, 3 shifts, 4 VPERMW, 1 spread of absmax, and per row of x 4 VDPBF16PS and 1 FMA
-//   floor            memory: 72 bytes per 128 weights
+//   per 128 weights  3 shifts, 4 VPERMW to unscaled bf16 codes, 1 spread of absmax;
+//   and row of x     4 VDPBF16PS, then absmax as one fp32 multiply-add of the sum over each block
+//                    (a scaled table as in the panels costs more: 24 against 20 cycles at M = 8)
+//   floor    memory: 72 bytes per 128 weights; at M = 16 the multiply takes over (64 VDPBF16PS)
 //
-// x is packed in chunks of 128: x[32 j + i] = x[4 i + j], zero beyond its end.
+// x is packed [k / 128][M][128], each 128 as x[32 j + i] = x[4 i + j], zero beyond its end. It is walked in blocks that stay in
+// the L1 cache while kDotTask rows of W pass; the sums wait in memory, as vectors, between blocks.
+constexpr int64_t kDotTask = 32;
+constexpr int64_t kDotBlockBytes = 32 * 1024;
+
 inline __m512 dot(__m512 sum, __m512i a, const Bf16* b) {
   return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(_mm512_loadu_si512(b)));
 }
 
-// Lane -> absmax of its block within a chunk of 128: two blocks of 64 or four of 32.
-inline __m512i spread_index(int log2_blocksize) {
-  return log2_blocksize == 5 ? _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3)
-                             : _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
-}
+// One row of W: its bytes and one absmax per unit (64 weights, or 32 when that is the blocksize).
+struct DotRow {
+  const uint8_t* bytes;
+  const float* absmax;
+};
 
 template <int M, int R>
-inline void dot_rows_4bit(const MatmulParams& p, const uint8_t* const* w, const float* const* absmax, const Bf16* x,
-                          __m512 sum[R][M]) {
+inline void dot_rows_4bit(const MatmulParams& p, const DotRow* w, const Bf16* x, int64_t begin, int64_t end,
+                          int64_t ahead, __m512* sums) {
   const __m512 code = _mm512_loadu_ps(code_table(p.weight4.quant_type));
-  const __m512i table = bf16_pair(code, code);
-  const __m512i spread = spread_index(p.weight4.log2_blocksize);
-  const int per_chunk = p.weight4.log2_blocksize == 5 ? 4 : 2;
-  const int64_t x_stride = round_up(p.inner, 128);
-  const auto chunk = [&](int64_t k, const __m512i* words, const __m512* scale) {
+  const __m512i codes = bf16_pair(code, code);
+  const bool units_of_32 = p.weight4.log2_blocksize == 5;
+  const int per_chunk = units_of_32 ? 4 : 2;
+  // lane -> absmax of its unit within a chunk of 128
+  const __m512i spread = units_of_32 ? _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3)
+                                     : _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
+  __m512 sum[R][M];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) sum[r][m] = begin ? _mm512_load_ps(sums + r * M + m) : _mm512_setzero_ps();
+
+  const auto chunk = [&](int64_t k, const __m512i* words, const __m128* absmax) {
     __m512i value[R][4];
-    for (int r = 0; r < R; ++r)
-      for (int j = 0; j < 4; ++j) value[r][j] = _mm512_permutexvar_epi16(shift_word(words[r], j), table);
-    for (int m = 0; m < M; ++m) {
-      const Bf16* row = x + m * x_stride + k;
-      for (int r = 0; r < R; ++r) {
-        __m512 part = _mm512_setzero_ps();
-        for (int j = 0; j < 4; ++j) part = dot(part, value[r][j], row + 32 * j);
-        sum[r][m] = _mm512_fmadd_ps(part, scale[r], sum[r][m]);
-      }
+    __m512 scale[R];
+    for (int r = 0; r < R; ++r) {
+      scale[r] = _mm512_permutexvar_ps(spread, _mm512_castps128_ps512(absmax[r]));
+      for (int j = 0; j < 4; ++j) value[r][j] = _mm512_permutexvar_epi16(shift_word(words[r], j), codes);
     }
+    // j outermost: successive products go to different sums, so none waits for another
+    const Bf16* row = x + k * M;
+    __m512 part[R][M];
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j)
+#pragma GCC unroll 16
+      for (int m = 0; m < M; ++m)
+        for (int r = 0; r < R; ++r)
+          part[r][m] = dot(j ? part[r][m] : _mm512_setzero_ps(), value[r][j], row + m * 128 + 32 * j);
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m)
+      for (int r = 0; r < R; ++r) sum[r][m] = _mm512_fmadd_ps(part[r][m], scale[r], sum[r][m]);
   };
-  int64_t k = 0;
-  for (; k + 128 <= p.inner; k += 128) {
-    __m512i words[R];
-    __m512 scale[R];
+
+  int64_t k = begin;
+  __m512i words[R];
+  __m128 absmax[R];
+  for (; k + 128 <= end; k += 128) {
     for (int r = 0; r < R; ++r) {
-      words[r] = _mm512_loadu_si512(w[r] + (k >> 1));
-      _mm_prefetch(reinterpret_cast<const char*>(w[r] + (k >> 1)) + 4096, _MM_HINT_T0);
-      const float* a = absmax[r] + (k >> 7) * per_chunk;
-      const __m128 blocks = per_chunk == 4 ? _mm_loadu_ps(a) : _mm_castpd_ps(_mm_load_sd(reinterpret_cast<const double*>(a)));
-      scale[r] = _mm512_permutexvar_ps(spread, _mm512_castps128_ps512(blocks));
+      const uint8_t* bytes = w[r].bytes + (k >> 1);
+      words[r] = _mm512_loadu_si512(bytes);
+      _mm_prefetch(reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(bytes) + static_cast<uintptr_t>(ahead)), _MM_HINT_T1);
+      const float* a = w[r].absmax + (k >> 7) * per_chunk;
+      absmax[r] = units_of_32 ? _mm_loadu_ps(a) : _mm_castpd_ps(_mm_load_sd(reinterpret_cast<const double*>(a)));
     }
-    chunk(k, words, scale);
+    chunk(k, words, absmax);
   }
-  if (k < p.inner) {  // 32, 64 or 96 weights; the missing ones meet zeros of x, and a zero absmax
-    const int left = static_cast<int>(p.inner - k);
+  if (k < end) {  // 32, 64 or 96 weights; the missing ones meet zeros of x, and a zero absmax
+    const int left = static_cast<int>(end - k);
     const __mmask16 dwords = static_cast<__mmask16>((1u << (left / 8)) - 1u);
-    const __mmask8 blocks = static_cast<__mmask8>((1u << ceil_div(left, per_chunk == 4 ? 32 : 64)) - 1u);
-    __m512i words[R];
-    __m512 scale[R];
+    const __mmask8 units = static_cast<__mmask8>((1u << ceil_div(left, units_of_32 ? 32 : 64)) - 1u);
     for (int r = 0; r < R; ++r) {
-      words[r] = _mm512_maskz_loadu_epi32(dwords, w[r] + (k >> 1));
-      scale[r] = _mm512_permutexvar_ps(
-          spread, _mm512_castps128_ps512(_mm_maskz_loadu_ps(blocks, absmax[r] + (k >> 7) * per_chunk)));
+      words[r] = _mm512_maskz_loadu_epi32(dwords, w[r].bytes + (k >> 1));
+      absmax[r] = _mm_maskz_loadu_ps(units, w[r].absmax + (k >> 7) * per_chunk);
     }
-    chunk(k, words, scale);
+    chunk(k, words, absmax);
   }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) _mm512_store_ps(sums + r * M + m, sum[r][m]);
 }
 
 // sum[m] += w · x[m] over n elements, natural order.
@@ -239,123 +267,155 @@ inline void add_dot(const Bf16* w, const Bf16* x, int64_t x_stride, int64_t n, _
   }
 }
 
+// What a thread needs beside x: kDotTask rows of sums, of absmax, one row of W.
+struct DotBuffers {
+  char* memory;
+  int64_t sums, absmax, row;  // bytes
+  int64_t total() const { return sums + absmax + row; }
+};
+
+// The task's rows of W, absmax decoded and expanded to units unless it is stored just so.
+inline void dot_weights(const MatmulParams& p, int64_t o0, int64_t rows, float* buffer, DotRow* w) {
+  const Weight4& weight = p.weight4;
+  const int log2_unit = weight.log2_blocksize == 5 ? 5 : 6;
+  const int64_t units = p.inner >> log2_unit;
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t flat = (o0 + r) * p.inner;
+    const int64_t first = flat >> weight.log2_blocksize;
+    w[r].bytes = weight.packed + (flat >> 1);
+    if (weight.absmax.values && weight.log2_blocksize == log2_unit) {
+      w[r].absmax = weight.absmax.values + first;
+      continue;
+    }
+    const int64_t blocks = ((flat + p.inner - 1) >> weight.log2_blocksize) - first + 1;
+    const float* a = absmax_range(weight.absmax, first, blocks, buffer);
+    if (weight.log2_blocksize == log2_unit) {
+      w[r].absmax = a;
+    } else {
+      float* expanded = buffer + blocks;
+      for (int64_t u = 0; u < units; ++u) expanded[u] = a[((flat + (u << log2_unit)) >> weight.log2_blocksize) - first];
+      w[r].absmax = expanded;
+    }
+    buffer += blocks + units;
+  }
+}
+
+// The sums of 16 vectors, in order: four rounds that fold two vectors into one.
+inline __m512 reduce_16(const __m512* v, int64_t stride, int64_t count) {
+  __m512 a[16];
+  for (int e = 0; e < 16; ++e) {
+    // where the rounds bring vector e's sum: 128-bit lane e / 4, element e % 4
+    constexpr int kLane[4] = {0, 8, 4, 12};
+    constexpr int kElement[4] = {0, 2, 1, 3};
+    a[kLane[e / 4] + kElement[e % 4]] = e < count ? v[e * stride] : _mm512_setzero_ps();
+  }
+  for (int i = 0; i < 8; ++i)
+    a[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a[i], a[i + 8], 0x44), _mm512_shuffle_f32x4(a[i], a[i + 8], 0xee));
+  for (int i = 0; i < 4; ++i)
+    a[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a[i], a[i + 4], 0x88), _mm512_shuffle_f32x4(a[i], a[i + 4], 0xdd));
+  for (int i = 0; i < 2; ++i)
+    a[i] = _mm512_add_ps(_mm512_shuffle_ps(a[i], a[i + 2], 0x44), _mm512_shuffle_ps(a[i], a[i + 2], 0xee));
+  return _mm512_add_ps(_mm512_shuffle_ps(a[0], a[1], 0x88), _mm512_shuffle_ps(a[0], a[1], 0xdd));
+}
+
 template <int M>
-inline void dot_bf16(const MatmulParams& p, const Bf16* x, const Bf16* t, char* buffers, int64_t buffer_bytes,
-                     int threads) {
-  constexpr int kRows = 2;  // of W at a time
+inline void dot_bf16(const MatmulParams& p, const Bf16* x, const Bf16* t, const DotBuffers& buffers, int threads) {
+  constexpr int kRows = M <= 6 ? 2 : 1;  // of W at a time
   const bool four_bit = p.weight4.packed != nullptr;
-  const int log2_unit = p.weight4.log2_blocksize == 5 ? 5 : 6;  // weights per absmax in the expanded row
-  const int64_t units = ceil_div(p.inner, int64_t{1} << log2_unit);
-  const bool expand = !p.weight4.absmax.values || p.weight4.log2_blocksize > 6 || p.inner % (int64_t{1} << log2_unit);
-  const int64_t x_stride = four_bit ? round_up(p.inner, 128) : p.inner;
-  constexpr int64_t kTask = 32;
+  const int64_t blocks = ceil_div(p.inner * M * 2, kDotBlockBytes);
+  const int64_t block = round_up(ceil_div(p.inner, blocks), 128);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    char* buffer = buffers + buffer_bytes * omp_get_thread_num();
-    float* expanded = reinterpret_cast<float*>(buffer);
-    Bf16* row = reinterpret_cast<Bf16*>(buffer);
-#pragma omp for schedule(dynamic)
-    for (int64_t task = 0; task < ceil_div(p.outputs, kTask); ++task) {
-      const int64_t end = min_of(p.outputs, (task + 1) * kTask);
-      for (int64_t o = task * kTask; o < end; o += kRows) {
-        const int rows = static_cast<int>(min_of<int64_t>(kRows, end - o));
-        __m512 sum[kRows][M];
-        for (int r = 0; r < kRows; ++r)
-          for (int m = 0; m < M; ++m) sum[r][m] = _mm512_setzero_ps();
-        if (four_bit) {
-          const uint8_t* w[kRows];
-          const float* absmax[kRows];
-          for (int r = 0; r < rows; ++r) {
-            const int64_t flat = (o + r) * p.inner;
-            w[r] = p.weight4.packed + (flat >> 1);
-            const int64_t first = flat >> p.weight4.log2_blocksize;
-            if (!expand) {
-              absmax[r] = p.weight4.absmax.values + first;
-              continue;
-            }
-            const int64_t blocks = ((flat + p.inner - 1) >> p.weight4.log2_blocksize) - first + 1;
-            float* own = expanded + r * 2 * (units + 16);
-            const float* a = absmax_range(p.weight4.absmax, first, blocks, own + units + 16);
-            for (int64_t u = 0; u < units; ++u)
-              own[u] = a[((flat + (u << log2_unit)) >> p.weight4.log2_blocksize) - first];
-            absmax[r] = own;
-          }
-          if (rows == kRows) {
-            dot_rows_4bit<M, kRows>(p, w, absmax, x, sum);
-          } else {
-            dot_rows_4bit<M, 1>(p, w, absmax, x, sum);
-          }
-        } else {
-          for (int r = 0; r < rows; ++r) {
-            const bool direct = p.dense.dtype == DType::bf16 && p.dense.stride1 == 1;
-            if (!direct) read_row(p.dense, o + r, 0, p.inner, row);
-            const Bf16* source = direct ? static_cast<const Bf16*>(p.dense.data) + (o + r) * p.dense.stride0 : row;
-            add_dot<M>(source, x, x_stride, p.inner, sum[r]);
-          }
+    char* mine = buffers.memory + buffers.total() * omp_get_thread_num();
+    __m512* sums = reinterpret_cast<__m512*>(mine);
+    float* absmax = reinterpret_cast<float*>(mine + buffers.sums);
+    Bf16* row = reinterpret_cast<Bf16*>(mine + buffers.sums + buffers.absmax);
+#pragma omp for schedule(guided)
+    for (int64_t task = 0; task < ceil_div(p.outputs, kDotTask); ++task) {
+      const int64_t o0 = task * kDotTask;
+      const int64_t rows = min_of(kDotTask, p.outputs - o0);
+      if (four_bit) {
+        DotRow w[kDotTask];
+        prefetch_absmax(p.weight4, (o0 + kDotTask) * p.inner, kDotTask * p.inner);
+        dot_weights(p, o0, rows, absmax, w);
+        for (int64_t begin = 0; begin < p.inner; begin += block) {
+          const int64_t end = min_of(begin + block, p.inner);
+          // Bytes ahead: whole rows are one stream; else the row's next block, or the next task's first.
+          const int64_t ahead = block >= p.inner ? 4096 : (end < p.inner ? block : kDotTask * p.inner - begin) / 2;
+          int64_t r = 0;
+          for (; r + kRows <= rows; r += kRows) dot_rows_4bit<M, kRows>(p, w + r, x, begin, end, ahead, sums + r * M);
+          if (r < rows) dot_rows_4bit<M, 1>(p, w + r, x, begin, end, ahead, sums + r * M);
         }
-        for (int r = 0; r < rows; ++r) {
-          if (p.rank) {
-            read_row(p.u, o + r, 0, p.rank, row);
-            add_dot<M>(row, t, p.rank, p.rank, sum[r]);
-          }
-          float bias = 0.0f;
-          if (p.bias.data) read_row(p.bias, 0, o + r, 1, &bias);
-          for (int m = 0; m < M; ++m) {
-            const float y = _mm512_reduce_add_ps(sum[r][m]) * p.alpha + bias;
-            write_row(p.out, m, o + r, &y, 1);
-          }
+      } else {
+        for (int64_t r = 0; r < rows; ++r) {
+          const bool direct = p.dense.dtype == DType::bf16 && p.dense.stride1 == 1;
+          if (!direct) read_row(p.dense, o0 + r, 0, p.inner, row);
+          const Bf16* source = direct ? static_cast<const Bf16*>(p.dense.data) + (o0 + r) * p.dense.stride0 : row;
+          for (int m = 0; m < M; ++m) sums[r * M + m] = _mm512_setzero_ps();
+          add_dot<M>(source, x, p.inner, p.inner, sums + r * M);
         }
+      }
+      for (int64_t r = 0; p.rank && r < rows; ++r) {
+        read_row(p.u, o0 + r, 0, p.rank, row);
+        add_dot<M>(row, t, p.rank, p.rank, sums + r * M);
+      }
+      alignas(64) float bias[kDotTask] = {};
+      if (p.bias.data) read_row(p.bias, 0, o0, rows, bias);
+      for (int m = 0; m < M; ++m) {
+        alignas(64) float y[kDotTask];
+        for (int64_t r = 0; r < rows; r += 16) {
+          const __m512 sum = reduce_16(sums + r * M + m, M, rows - r);
+          const __m512 scaled = _mm512_mul_ps(sum, _mm512_set1_ps(p.alpha));
+          _mm512_store_ps(y + r, _mm512_add_ps(scaled, _mm512_load_ps(bias + r)));
+        }
+        write_row(p.out, m, o0, y, rows);
       }
     }
   }
 }
 
-// At most 8 rows, plain, blocks that don't straddle 32 weights of a row.
+// Plain, few rows, and units of W that lie within one row and one block.
 inline bool dot_applies(const MatmulParams& p, int64_t most) {
-  return !p.transposed && p.rows <= most && (!p.weight4.packed || p.inner % (p.weight4.log2_blocksize == 5 ? 32 : 64) == 0);
+  const int64_t unit = p.weight4.log2_blocksize == 5 ? 32 : 64;
+  return !p.transposed && p.rows <= most && (!p.weight4.packed || p.inner % unit == 0);
 }
 
+template <int M>
+inline void dot_by_rows(const MatmulParams& p, const Bf16* x, const Bf16* t, const DotBuffers& buffers, int threads) {
+  if (p.rows == M) return dot_bf16<M>(p, x, t, buffers, threads);
+  if constexpr (M > 1) dot_by_rows<M - 1>(p, x, t, buffers, threads);
+}
+
+template <int kMost>
 inline void run_dot_bf16(const MatmulParams& p) {
   const double work = static_cast<double>(p.rows) * static_cast<double>(p.outputs) * static_cast<double>(p.inner);
   const int threads = work < (1 << 18) ? 1 : p.threads;
   const int64_t x_stride = p.weight4.packed ? round_up(p.inner, 128) : p.inner;
-  const int64_t units = ceil_div(p.inner, int64_t{32});
-  const int64_t buffer_bytes = round_up(max_of<int64_t>(4 * (units + 16), max_of(p.inner, p.rank)) * 4, 64);
   const int64_t x_bytes = round_up((x_stride + p.rank) * p.rows * 2, 64);
-  char* memory = static_cast<char*>(scratch(static_cast<size_t>(x_bytes + buffer_bytes * threads)));
+  DotBuffers buffers;
+  buffers.sums = kDotTask * p.rows * 64;
+  buffers.absmax = p.weight4.packed ? round_up(kDotTask * (p.inner / 16 + 2) * 4, 64) : 0;
+  buffers.row = round_up(max_of(p.inner, p.rank) * 2, 64);
+  char* memory = static_cast<char*>(scratch(static_cast<size_t>(x_bytes + buffers.total() * threads)));
+  buffers.memory = memory + x_bytes;
   Bf16* x = reinterpret_cast<Bf16*>(memory);
   Bf16* t = x + x_stride * p.rows;
   for (int64_t m = 0; m < p.rows; ++m) {
-    Bf16* row = x + m * x_stride;
-    if (!p.weight4.packed) {
-      read_row(p.x, m, 0, p.inner, row);
-    } else {
-      for (int64_t k = 0; k < x_stride; k += 128) {
-        alignas(64) Bf16 natural[128];
-        const int64_t n = min_of<int64_t>(128, p.inner - k);
-        read_row(p.x, m, k, n, natural);
-        std::memset(natural + n, 0, static_cast<size_t>(128 - n) * sizeof(Bf16));
-        Bf16Panels::reorder(natural);
-        Bf16Panels::reorder(natural + 64);
-        for (int j = 0; j < 4; ++j) {
-          std::memcpy(row + k + 32 * j, natural + 16 * j, 32);
-          std::memcpy(row + k + 32 * j + 16, natural + 64 + 16 * j, 32);
-        }
+    if (!p.weight4.packed) read_row(p.x, m, 0, p.inner, x + m * x_stride);
+    for (int64_t k = 0; p.weight4.packed && k < x_stride; k += 128) {
+      alignas(64) Bf16 natural[128];
+      const int64_t n = min_of<int64_t>(128, p.inner - k);
+      read_row(p.x, m, k, n, natural);
+      std::memset(natural + n, 0, static_cast<size_t>(128 - n) * sizeof(Bf16));
+      for (int half = 0; half < 2; ++half) {
+        Bf16Panels::reorder(natural + 64 * half);
+        Bf16* chunk = x + k * p.rows + m * 128 + 16 * half;
+        for (int j = 0; j < 4; ++j) std::memcpy(chunk + 32 * j, natural + 64 * half + 16 * j, 32);
       }
     }
     if (p.rank) read_row(p.t, m, 0, p.rank, t + m * p.rank);
   }
-  char* buffers = memory + x_bytes;
-  switch (p.rows) {
-    case 1: return dot_bf16<1>(p, x, t, buffers, buffer_bytes, threads);
-    case 2: return dot_bf16<2>(p, x, t, buffers, buffer_bytes, threads);
-    case 3: return dot_bf16<3>(p, x, t, buffers, buffer_bytes, threads);
-    case 4: return dot_bf16<4>(p, x, t, buffers, buffer_bytes, threads);
-    case 5: return dot_bf16<5>(p, x, t, buffers, buffer_bytes, threads);
-    case 6: return dot_bf16<6>(p, x, t, buffers, buffer_bytes, threads);
-    case 7: return dot_bf16<7>(p, x, t, buffers, buffer_bytes, threads);
-    default: return dot_bf16<8>(p, x, t, buffers, buffer_bytes, threads);
-  }
+  dot_by_rows<kMost>(p, x, t, buffers, threads);
 }
 
 }  // namespace

@@ -25,6 +25,7 @@ struct F32Kernel {
 
   static bool reorders(const MatmulParams&) { return false; }
   static void reorder(float*) {}
+  static void prefetch(const Weight4&, int64_t) {}
   static void restore(const float*, float*) {}
   static void decode_reordered(const Weight4&, int64_t, const float*, int64_t, int64_t, float*) {}
   static void decode_pairs(const Weight4&, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, float*) {}
@@ -33,16 +34,19 @@ struct F32Kernel {
   static void tile(int64_t depth, const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c,
                    int64_t c_stride, bool empty) {
     Vec sum[R][V];
+#pragma GCC unroll 24
     for (int r = 0; r < R; ++r)
       for (int v = 0; v < V; ++v) sum[r][v] = empty ? zero() : load(c + r * c_stride + v * kLanes);
     for (int64_t q = 0; q < depth; ++q, b += b_stride) {
       Vec column[V];
       for (int v = 0; v < V; ++v) column[v] = load(b + v * kLanes);
+#pragma GCC unroll 24
       for (int r = 0; r < R; ++r) {
         const Vec x = set1(a[r * a_stride + q]);
         for (int v = 0; v < V; ++v) sum[r][v] = fma(x, column[v], sum[r][v]);
       }
     }
+#pragma GCC unroll 24
     for (int r = 0; r < R; ++r)
       for (int v = 0; v < V; ++v) store(c + r * c_stride + v * kLanes, sum[r][v]);
   }
@@ -78,7 +82,7 @@ inline void dot_f32(const MatmulParams& p, const float* x, const float* t, int t
   {
     // The row of W as floats (dense), or its absmax (nested).
     float* buffer = const_cast<float*>(t) + M * p.rank + omp_get_thread_num() * max_of(blocks, p.inner + p.rank);
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(guided)
     for (int64_t task = 0; task < ceil_div(p.outputs, kTask); ++task) {
       for (int64_t o = task * kTask; o < min_of(p.outputs, (task + 1) * kTask); ++o) {
         Vec sum[M];
