@@ -260,12 +260,24 @@ def full_cases() -> list[Case]:
 
 
 def goal_cases() -> list[Case]:
-    """Exactly what GOALS speak of."""
+    """Exactly what GOALS speak of, weight by weight, the biggest last: a time limit cuts from the end."""
     known = {shape.name: shape for group in MODELS.values() for shape in group}
-    cases: dict[Case, None] = {}
-    for goal in sorted(GOALS, key=lambda goal: "14336" in "".join(goal.shapes[1:])):
-        for name in goal.shapes:
-            for M in goal.M:
-                cases[Case(goal.op, known[name], M, goal.cold)] = None
-    # the square shape first: a time limit cuts from the end
-    return sorted(cases, key=lambda case: case.shape.N * case.shape.K > 4096 * 4096)
+    cases = {
+        Case(goal.op, known[name], M, goal.cold) for goal in GOALS for name in goal.shapes for M in goal.M
+    }
+
+    def order(case: Case) -> tuple[bool, int, str, bool, int, int]:
+        size = case.shape.N * case.shape.K
+        big = size > 4096 * 4096
+        return (big, -size if not big else size, case.shape.name, case.cold, OPS.index(case.op), case.M)
+
+    return sorted(cases, key=order)
+
+
+def summary(cases: Iterable[Case]) -> str:
+    """Several cases in few words: one part for each op, shape and cache state, with all its M."""
+    tokens: dict[str, list[str]] = {}
+    for case in cases:
+        where = f"{case.op} {case.shape.name} {case.dtype} {'cold' if case.cold else 'hot'}"
+        tokens.setdefault(where, []).extend([str(case.M)] if case.M else [])
+    return "; ".join(where + (f" M={','.join(M)}" if M else "") for where, M in tokens.items())

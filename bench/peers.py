@@ -276,7 +276,7 @@ def observe(call: Callable[[], Any]) -> str:
             seen["oneDNN " + fields[fields.index("exec") + 3]] = None
         elif match := re.match(r"MKL_VERBOSE (\w*GEM[MV]\w*)\(", line, re.IGNORECASE):
             seen["MKL " + match[1]] = None
-    return " + ".join(seen)
+    return " + ".join(seen) or "ATen"
 
 
 # peftkern

@@ -156,7 +156,8 @@ def table_of(case: Case, rows: Sequence[dict[str, object]]) -> Table:
             table.add_row(row["candidate"], "WRONG", "", "", "", "", "", "", row["status"], style="bold red")
             continue
         values = {name: float(row[name]) for name in ("median_us", "p25_us", "p75_us", "gb_s", "gflop_s")}
-        spread = f"{format_time(values['p25_us']).split()[0]}–{format_time(values['p75_us'])}"
+        low, high = format_time(values["p25_us"]).split(), format_time(values["p75_us"]).split()
+        spread = f"{low[0] if low[1] == high[1] else ' '.join(low)}–{' '.join(high)}"
         table.add_row(
             row["candidate"],
             format_time(values["median_us"]),
@@ -248,7 +249,9 @@ def main(
     threads: Annotated[int, typer.Option(help="0: as many as torch takes", min=0)] = 0,
     rounds: Annotated[int, typer.Option(help="at least so many", min=1)] = MIN_ROUNDS,
     seconds: Annotated[float, typer.Option(help="for one case, unless its fewest rounds last longer")] = 1.5,
-    minutes: Annotated[float, typer.Option(help="begin no case after so long; 0: no limit")] = 6.0,
+    minutes: Annotated[
+        float | None, typer.Option(help="begin no case after so long; 6 without arguments")
+    ] = None,
     full: Annotated[bool, typer.Option("--full", help="every shape, M and cache state: hours")] = False,
     goals: Annotated[bool, typer.Option("--goals", help="the goals and what was measured")] = False,
     out: Annotated[Path | None, typer.Option(help="folder of the CSV and the plots")] = None,
@@ -275,14 +278,14 @@ def main(
     if goals:
         chosen = cases.goal_cases()
     elif full:
-        chosen, minutes = cases.full_cases(), 0.0
+        chosen = cases.full_cases()
     elif narrowed:
         only_memory = with_memory and not ops_asked
         chosen = (
             [] if only_memory else choose(",".join(ops_asked), shape, m, cache, dtype, rank, quant, blocksize)
         )
     else:
-        chosen = cases.default_cases()
+        chosen, minutes = cases.default_cases(), 6.0 if minutes is None else minutes
 
     machine = describe()
     folder = out or ROOT / "bench" / "results" / machine.slug
@@ -297,7 +300,8 @@ def main(
     console.print(f"peftkern {machine.commit}, ISA {machine.isa} ({machine.compiler}); {machine.versions}")
     console.print()
 
-    started, measured, left_out = time.monotonic(), [], []
+    started, measured = time.monotonic(), []
+    left_out: list[Case] = []
     reasons: dict[str, None] = {}
     weights: peers.Weights | None = None
     columns = (
@@ -311,7 +315,7 @@ def main(
         for case in chosen:
             progress.update(task, description=case.title)
             if minutes and time.monotonic() - started > minutes * 60:
-                left_out.append(case.title)
+                left_out.append(case)
                 continue
             wants = (case.shape, peers.DTYPES[case.dtype], case.quant_type, case.blocksize, case.cold)
             try:
@@ -322,7 +326,7 @@ def main(
                     )
                 rows, missing = run_case(case, weights, machine, wanted, seconds, rounds)
             except peers.UnavailableError as reason:
-                left_out.append(f"{case.title}: {reason}")
+                reasons[f"{case.title}: {reason}"] = None
                 continue
             reasons |= {f"{who}, {case.op} {case.dtype}: {reason}": None for who, reason in missing.items()}
             measured += rows
@@ -343,9 +347,8 @@ def main(
     for line in reasons:
         console.print(f"not measured: {line}", style="dim")
     if left_out:
-        console.print(
-            f"left out ({len(left_out)}), --minutes {minutes:g}: {'; '.join(left_out)}", style="yellow"
-        )
+        title = f"left out, {len(left_out)} of {len(chosen)} (--minutes {minutes:g})"
+        console.print(f"{title}: {cases.summary(left_out)}", style="yellow")
     if write and measured:
         from bench import plot
 
