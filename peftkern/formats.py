@@ -483,7 +483,8 @@ def double_quantize(absmax: Tensor) -> tuple[Tensor, DoubleQuant]:
     if blocks == 0:
         offset = torch.zeros((), dtype=torch.float32, device=device)
         return absmax.to(torch.uint8), DoubleQuant(absmax, code, offset)
-    if not torch.compiler.is_compiling() and not bool(absmax.isfinite().all()):
+    has_data = type(absmax) is Tensor and device.type != "meta" and not torch.compiler.is_compiling()
+    if has_data and not bool(absmax.isfinite().all()):
         bad = int((~absmax.isfinite()).sum())
         raise _refuse(
             "weight", "finite values with double_quant=True", f"NaN or Inf in {bad} of {blocks} blocks"
@@ -529,7 +530,7 @@ def _bytes_of(name: str, value: object) -> Tensor:
             "a contiguous tensor",
             tensor.layout if tensor.layout is not torch.strided else f"strides {tensor.stride()}",
         )
-    if tensor.dim() == 0 or tensor.dim() > 2 or max(tensor.shape) != tensor.numel():
+    if tensor.dim() != 1 and not (tensor.dim() == 2 and 1 in tensor.shape):
         raise _refuse(name, "shape [n], [n, 1] or [1, n]", f"{list(tensor.shape)}")
     return tensor.reshape(-1).view(torch.uint8)
 

@@ -149,14 +149,14 @@ def lora_linear(
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout: expected 0 <= dropout < 1, got {dropout}")
     x = _autocast(x)
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    dropped = x.to(dtype)
+    # one cast for both branches, so that dX too is rounded once
+    wide = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    dropped = wide
     if dropout > 0.0:
         mask = dropout_mask(draw_seed(x.device) if seed is None else seed, x.shape, dropout, x.device)
-        dropped = torch.where(mask, dropped, 0.0)
-    with torch.autocast(x.device.type, enabled=False):
-        t = dropped @ lora_A.to(dtype).t() * (scaling / (1.0 - dropout))
-    return matmul(x, weight, t=t, u=lora_B, bias=bias)
+        dropped = torch.where(mask, wide, 0.0)
+    t = matmul(dropped, lora_A, alpha=scaling / (1.0 - dropout))
+    return matmul(wide, weight, t=t, u=lora_B, bias=bias).to(x.dtype)
 
 
 def lora_delta(lora_A: Tensor, lora_B: Tensor, scaling: float = 1.0) -> Tensor:

@@ -194,7 +194,7 @@ def _also(result: Approx, part: Tensor, dtype: torch.dtype) -> Approx:
 
 
 def check(name: str, actual: Tensor, expected: Approx, mean: bool = True) -> None:
-    """Assert both bounds; mean=False for inputs whose roundings are not independent (constant or one-signed ones)."""
+    """Assert both bounds; mean=False where roundings are not independent (constant or one-signed inputs)."""
     assert actual.shape == expected.value.shape, (
         f"{name}: shape {list(actual.shape)}, not {list(expected.value.shape)}"
     )
@@ -207,8 +207,9 @@ def check(name: str, actual: Tensor, expected: Approx, mean: bool = True) -> Non
         ratio = torch.where(within, 0.0, (distance / expected.error).nan_to_num(math.inf, math.inf))
         where = int(ratio.argmax())
         raise AssertionError(
-            f"{name}: {int((~within).sum())} of {within.numel()} elements beyond their bound; the worst, at flat index {where}, is "
-            f"{actual.flatten()[where].item():.9g}, exactly {expected.value.flatten()[where].item():.9g} ± "
+            f"{name}: {int((~within).sum())} of {within.numel()} elements beyond their bound; the worst, "
+            f"at flat index {where}, is {actual.flatten()[where].item():.9g}, exactly "
+            f"{expected.value.flatten()[where].item():.9g} ± "
             f"{expected.error.flatten()[where].item():.3g} ({ratio.max().item():.3g} of the bound)"
         )
     if mean:
