@@ -1,6 +1,6 @@
 """Builds peftkern._cpu with cmake and ninja; everything else is in pyproject.toml.
 
-Without a C++ compiler the Python part alone is installed, with a warning; PEFTKERN_REQUIRE_EXT=1 makes that an error.
+Without a C++ compiler the Python part alone is installed, with a warning; PEFTKERN_REQUIRE_EXT=1: an error.
 Where there is a compiler, a failing build is an error. PEFTKERN_CMAKE_ARGS is passed on to cmake.
 """
 
@@ -33,7 +33,7 @@ def compiler_problem() -> str | None:
         command = [*shlex.split(found[0]), "-std=c++17", str(source), "-o", str(Path(folder, "probe"))]
         result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
-        return f"`{found[0]} -std=c++17` cannot compile a small program (exit {result.returncode})\n{result.stderr}"
+        return f"`{found[0]} -std=c++17` cannot compile a small program: {result.stderr or result.returncode}"
     return None
 
 

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cmath>
 #include <cstdlib>
 #include <optional>
 #include <string>
@@ -59,6 +60,13 @@ int64_t blocks_of(int64_t numel, int log2) {
   return (numel >> log2) + ((numel & ((int64_t{1} << log2) - 1)) != 0);
 }
 
+void expect_tuple(const char* name, const char* fields, py::handle object, Py_ssize_t size) {
+  const bool is_tuple = PyTuple_Check(object.ptr());
+  if (is_tuple && PyTuple_GET_SIZE(object.ptr()) == size) return;
+  throw py::type_error(text(name, ": expected ", fields, ", got a ", Py_TYPE(object.ptr())->tp_name,
+                            is_tuple ? text(" of ", PyTuple_GET_SIZE(object.ptr())) : std::string()));
+}
+
 // (packed, absmax, nested or None, quant_type, blocksize, N, K), nested = (absmax, code, offset, blocksize)
 struct PackedWeight {
   Weight4 weight;
@@ -66,13 +74,8 @@ struct PackedWeight {
 };
 
 PackedWeight packed_weight(py::handle object, const TensorView& out) {
-  PyObject* tuple = object.ptr();
-  if (!PyTuple_Check(tuple) || PyTuple_GET_SIZE(tuple) != 7)
-    throw py::type_error(
-        text("weight: expected (packed, absmax, nested, quant_type, blocksize, N, K), got a ",
-             Py_TYPE(tuple)->tp_name,
-             PyTuple_Check(tuple) ? text(" of ", PyTuple_GET_SIZE(tuple)) : std::string()));
-  const auto item = [&](int i) { return py::handle(PyTuple_GET_ITEM(tuple, i)); };
+  expect_tuple("weight", "(packed, absmax, nested, quant_type, blocksize, N, K)", object, 7);
+  const auto item = [&](int i) { return py::handle(PyTuple_GET_ITEM(object.ptr(), i)); };
   PackedWeight w;
   w.weight.quant_type = quant_type("weight quant_type", item(3));
   w.weight.log2_blocksize = log2_blocksize("weight blocksize", integer("weight blocksize", item(4)));
@@ -96,9 +99,7 @@ PackedWeight packed_weight(py::handle object, const TensorView& out) {
     scale.values = static_cast<const float*>(absmax.data);
   } else {
     PyObject* nested = item(2).ptr();
-    if (!PyTuple_Check(nested) || PyTuple_GET_SIZE(nested) != 4)
-      throw py::type_error(text("weight nested: expected None or (absmax, code, offset, blocksize), got a ",
-                                Py_TYPE(nested)->tp_name));
+    expect_tuple("weight nested", "None or (absmax, code, offset, blocksize)", nested, 4);
     const auto part = [&](int i) { return py::handle(PyTuple_GET_ITEM(nested, i)); };
     expect_dtype(absmax, {ScalarType::u8});
     scale.codes = static_cast<const uint8_t*>(absmax.data);
@@ -230,6 +231,69 @@ void bind_quantize(py::handle weight_object, py::handle packed_object, py::handl
   quantize(p);
 }
 
+void bind_dropout(py::handle out_object, py::handle x_object, double p, py::handle seed_object, int threads) {
+  DropoutParams params;
+  params.threads = checked_threads(threads);
+  if (!(p >= 0.0 && p <= 1.0)) throw py::value_error(text("p: expected a probability in [0, 1], got ", p));
+  const TensorView out = view("out", out_object);
+  const TensorView x = matrix_view("x", x_object);
+  expect_dtype(out, {x.dtype});
+  expect_flat(out, x.numel);
+  expect_disjoint(out, x);
+  params.x = matrix(x);
+  params.rows = x.shape[0];
+  params.columns = x.shape[1];
+  params.seed = static_cast<uint64_t>(integer("seed", seed_object));
+  params.threshold = static_cast<uint64_t>(std::nearbyint((1.0 - p) * 0x1p32));
+  params.out = out.data;
+  if (x.numel == 0) return;
+  py::gil_scoped_release release;
+  dropout(params);
+}
+
+DType dtype_named(py::handle object) {
+  static constexpr std::pair<const char*, DType> kDTypes[] = {
+      {"float32", DType::f32}, {"bfloat16", DType::bf16}, {"float16", DType::f16}};
+  std::string name = py::str(object).cast<std::string>();
+  if (name.rfind("torch.", 0) == 0) name = name.substr(6);
+  for (const auto& [known, dtype] : kDTypes) {
+    if (name == known) return dtype;
+  }
+  throw py::value_error(text("dtype: expected float32, bfloat16 or float16, got ", name));
+}
+
+uint64_t probe_read(py::handle tensor, int threads) {
+  ProbeParams p;
+  double operations;
+  uint64_t checksum;
+  p.threads = checked_threads(threads);
+  p.result = &operations;
+  p.checksum = &checksum;
+  const TensorView data = view("data", tensor);
+  expect_dtype(data, {ScalarType::u8});
+  expect_flat(data, data.numel);
+  p.data = data.data;
+  p.bytes = data.numel;
+  py::gil_scoped_release release;
+  probe(p, DType::f32);
+  return checksum;
+}
+
+double probe_peak(py::handle dtype_object, int64_t iterations, int threads) {
+  ProbeParams p;
+  double operations;
+  uint64_t checksum;
+  if (iterations < 1) throw py::value_error(text("iterations: expected 1 or more, got ", iterations));
+  const DType dtype = dtype_named(dtype_object);
+  p.iterations = iterations;
+  p.threads = checked_threads(threads);
+  p.result = &operations;
+  p.checksum = &checksum;
+  py::gil_scoped_release release;
+  probe(p, dtype);
+  return operations * 1e-9;
+}
+
 py::list levels(bool (*keep)(Isa)) {
   py::list names;
   for (Isa isa : kIsas) {
@@ -250,19 +314,13 @@ void set_isa_named(const char* from, const std::string& name) {
 std::string kernel(const std::string& primitive, py::handle dtype_object) {
   static constexpr std::pair<const char*, Primitive> kPrimitives[] = {{"matmul", Primitive::matmul},
                                                                       {"dequantize", Primitive::dequantize},
-                                                                      {"quantize", Primitive::quantize}};
-  static constexpr std::pair<const char*, DType> kDTypes[] = {
-      {"float32", DType::f32}, {"bfloat16", DType::bf16}, {"float16", DType::f16}};
-  std::string dtype = py::str(dtype_object).cast<std::string>();
-  if (dtype.rfind("torch.", 0) == 0) dtype = dtype.substr(6);
-  for (const auto& [primitive_name, p] : kPrimitives) {
-    if (primitive != primitive_name) continue;
-    for (const auto& [dtype_name, d] : kDTypes) {
-      if (dtype == dtype_name) return isa_name(kernel_isa(p, d));
-    }
-    throw py::value_error(text("dtype: expected float32, bfloat16 or float16, got ", dtype));
+                                                                      {"quantize", Primitive::quantize},
+                                                                      {"dropout", Primitive::dropout}};
+  const DType dtype = dtype_named(dtype_object);
+  for (const auto& [name, p] : kPrimitives) {
+    if (primitive == name) return isa_name(kernel_isa(p, dtype));
   }
-  throw py::value_error(text("primitive: expected matmul, dequantize or quantize, got ", primitive));
+  throw py::value_error(text("primitive: expected matmul, dequantize, quantize or dropout, got ", primitive));
 }
 
 py::dict build_info() {
@@ -300,6 +358,11 @@ void define(py::module_& m) {
         "out[i] = round(code[q[i]] * absmax[i // blocksize]) over the flat index");
   m.def("quantize", bind_quantize, arg("weight"), arg("packed"), arg("absmax"), arg("quant_type"),
         arg("blocksize"), arg("threads"), "Writes packed and absmax from weight.");
+  m.def("dropout", bind_dropout, arg("out"), arg("x"), arg("p"), arg("seed"), arg("threads"),
+        "out = x where the seeded hash keeps it, else 0");
+  m.def("probe_read", probe_read, arg("data"), arg("threads"), "Reads every byte once; a checksum.");
+  m.def("probe_peak", probe_peak, arg("dtype"), arg("iterations"), arg("threads"),
+        "Products in registers at the active level; the number of operations done, in 1e9.");
   m.def(
       "isa_levels", [] { return levels(isa_available); }, "The levels this machine can run, worst to best.");
   m.def("isa", [] { return isa_name(active_isa()); }, "The level in use.");

@@ -1,0 +1,479 @@
+"""peftkern._cpu itself: what reaches a kernel is checked; a refusal names the argument and what came."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+_cpu = pytest.importorskip("peftkern._cpu", reason="peftkern._cpu is not built", exc_type=ImportError)
+
+M, K, N, R = 3, 96, 64, 4
+BLOCKSIZE = 64
+
+
+def packed_weight(double: bool = False, **changes: Any) -> tuple[Any, ...]:
+    blocks = N * K // BLOCKSIZE
+    parts: dict[str, Any] = {
+        "packed": torch.zeros(N * K // 2, dtype=torch.uint8),
+        "absmax": torch.zeros(blocks, dtype=torch.uint8) if double else torch.ones(blocks),
+        "nested": None,
+        "quant_type": "nf4",
+        "blocksize": BLOCKSIZE,
+        "N": N,
+        "K": K,
+    }
+    if double:
+        inner = {
+            "absmax2": torch.ones(-(-blocks // 256)),
+            "code": torch.zeros(256),
+            "offset": torch.ones(()),
+            "blocksize2": 256,
+        }
+        inner.update({key: changes.pop(key) for key in list(changes) if key in inner})
+        parts["nested"] = tuple(inner.values())
+    parts.update(changes)
+    return tuple(parts.values())
+
+
+def matmul(**changes: Any) -> Tensor:
+    a: dict[str, Any] = {
+        "out": torch.empty(M, N),
+        "x": torch.randn(M, K),
+        "weight": torch.randn(N, K),
+        "transposed": False,
+        "alpha": 1.0,
+        "t": None,
+        "u": None,
+        "bias": None,
+        "threads": 1,
+    }
+    a.update(changes)
+    _cpu.matmul(*a.values())
+    return a["out"]
+
+
+def quantize(**changes: Any) -> None:
+    a: dict[str, Any] = {
+        "weight": torch.randn(N, K),
+        "packed": torch.empty(N * K // 2, dtype=torch.uint8),
+        "absmax": torch.empty(N * K // BLOCKSIZE),
+        "quant_type": "nf4",
+        "blocksize": BLOCKSIZE,
+        "threads": 1,
+    }
+    a.update(changes)
+    _cpu.quantize(*a.values())
+
+
+def misaligned(*shape: int) -> Tensor:
+    count = int(np.prod(shape))
+    return torch.frombuffer(bytearray(4 * count + 1), dtype=torch.float32, count=count, offset=1).view(shape)
+
+
+def fake(*shape: int) -> Tensor:
+    with FakeTensorMode():
+        return torch.empty(shape)
+
+
+def without_memory(*shape: int) -> Tensor:
+    x = torch.zeros(shape)
+    x.untyped_storage().resize_(0)
+    return x
+
+
+class Wrapper(torch.Tensor):
+    @staticmethod
+    def __new__(cls, *shape: int) -> Wrapper:
+        return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.float32)
+
+    @classmethod
+    def __torch_dispatch__(cls, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
+
+# each gives something of this shape that must not reach a kernel
+NOT_TENSORS: dict[str, Callable[..., Any]] = {
+    "None": lambda *shape: None,
+    "int": lambda *shape: 3,
+    "list": lambda *shape: torch.zeros(shape).tolist(),
+    "numpy": lambda *shape: np.zeros(shape, np.float32),
+    "type": lambda *shape: torch.Tensor,
+}
+BAD_TENSORS: dict[str, Callable[..., Any]] = {
+    "meta": lambda *shape: torch.empty(shape, device="meta"),
+    "fake": fake,
+    "float64": lambda *shape: torch.zeros(shape, dtype=torch.float64),
+    "int32": lambda *shape: torch.zeros(shape, dtype=torch.int32),
+    "int8": lambda *shape: torch.zeros(shape, dtype=torch.int8),
+    "bool": lambda *shape: torch.zeros(shape, dtype=torch.bool),
+    "uint8": lambda *shape: torch.zeros(shape, dtype=torch.uint8),
+    "float8": lambda *shape: torch.zeros(shape).to(torch.float8_e4m3fn),
+    "complex": lambda *shape: torch.zeros(shape, dtype=torch.complex64),
+    "conjugate": lambda *shape: torch.zeros(shape, dtype=torch.complex64).conj(),
+    "negative bit": lambda *shape: torch.zeros(shape, dtype=torch.complex64).conj().imag,
+    "sparse": lambda *shape: torch.zeros(shape).to_sparse(),
+    "quantized": lambda *shape: torch.quantize_per_tensor(torch.zeros(shape), 0.1, 0, torch.qint8),
+    "zero tensor": lambda *shape: torch._efficientzerotensor(shape),
+    "no memory": without_memory,
+    "wrapper": Wrapper,
+    "misaligned": misaligned,
+    "one dimension more": lambda *shape: torch.zeros(1, *shape),
+    "one row more": lambda *shape: torch.zeros(shape[0] + 1, *shape[1:]),
+}
+MATMUL_SHAPES = {"out": (M, N), "x": (M, K), "weight": (N, K), "t": (M, R), "u": (N, R), "bias": (N,)}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("argument", "kind"),
+    [(a, k) for a in MATMUL_SHAPES for k in (*NOT_TENSORS, *BAD_TENSORS) if (a, k) != ("bias", "None")],
+)
+def test_matmul_refuses(argument: str, kind: str) -> None:
+    changes = {"t": torch.randn(M, R), "u": torch.randn(N, R), "bias": torch.randn(N)}
+    bad = {**NOT_TENSORS, **BAD_TENSORS}[kind](*MATMUL_SHAPES[argument])
+    # a shape that disagrees is reported for either of the two
+    name = r"\w+" if kind.startswith("one") else f"(t, )?{argument}"
+    expected = ValueError if kind in BAD_TENSORS or (kind == "None" and argument in "tu") else TypeError
+    with pytest.raises(expected, match=rf"^{name}(, u)?: expected .*, got "):
+        matmul(**{**changes, argument: bad})
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
+def test_packed_weight_is_accepted(nested: bool) -> None:
+    out = torch.full((N, K), torch.nan)
+    _cpu.dequantize(out, packed_weight(nested), 1)
+    assert torch.equal(out, torch.full((N, K), -1.0))  # NF4 nibble 0 is -1; absmax 1 = 0 * 1 + 1
+    assert matmul(weight=packed_weight(nested)).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("nested", "change", "message"),
+    [
+        (
+            False,
+            {"packed": torch.zeros(N * K // 2 - 1, dtype=torch.uint8)},
+            "packed: expected 3072 elements, got 3071",
+        ),
+        (
+            False,
+            {"packed": torch.zeros(N * K // 2 + 1, dtype=torch.uint8)},
+            "packed: expected 3072 elements, got 3073",
+        ),
+        (
+            False,
+            {"packed": torch.zeros(N * K, dtype=torch.uint8)[::2]},
+            "packed: expected a contiguous tensor",
+        ),
+        (False, {"packed": torch.zeros(N * K // 2)}, "packed: expected dtype torch.uint8, got torch.float32"),
+        (
+            False,
+            {"packed": torch.zeros(N * K // 2, dtype=torch.int8)},
+            "packed: expected dtype .*, got .*int8",
+        ),
+        (False, {"packed": None}, "packed: expected a torch.Tensor, got NoneType"),
+        (False, {"absmax": torch.ones(95)}, "absmax: expected 96 elements, got 95"),
+        (False, {"absmax": torch.ones(192)[::2]}, "absmax: expected a contiguous tensor"),
+        (
+            False,
+            {"absmax": torch.ones(96).bfloat16()},
+            "absmax: expected dtype torch.float32, got torch.bfloat16",
+        ),
+        (
+            False,
+            {"absmax": torch.ones(96, dtype=torch.uint8)},
+            "absmax: expected dtype torch.float32, got torch.uint8",
+        ),
+        (False, {"absmax": torch.ones(96, device="meta")}, "absmax: expected a dense CPU tensor"),
+        (False, {"quant_type": "nf5"}, 'quant_type: expected "nf4" or "fp4", got \'nf5\''),
+        (False, {"quant_type": 4}, 'quant_type: expected "nf4" or "fp4", got 4'),
+        (False, {"blocksize": 0}, "blocksize: expected a power of two from 32 to 4096, got 0"),
+        (False, {"blocksize": 16}, "blocksize: expected .*, got 16"),
+        (False, {"blocksize": 96}, "blocksize: expected .*, got 96"),
+        (False, {"blocksize": 8192}, "blocksize: expected .*, got 8192"),
+        (False, {"blocksize": -64}, "blocksize: expected .*, got -64"),
+        (False, {"blocksize": 2**70}, "blocksize: expected an int of 64 bits, got 1180591620717411303424"),
+        (False, {"blocksize": 64.0}, "blocksize: expected an int, got float"),
+        (
+            False,
+            {"N": 2**40, "K": 2**40},
+            "expected N and K whose product fits 63 bits, got 1099511627776 and",
+        ),
+        (False, {"N": -N, "K": -K}, "expected N and K whose product fits 63 bits, got -64 and -96"),
+        (False, {"N": 2**62, "K": 1}, "packed: expected 2305843009213693952 elements, got 3072"),
+        (False, {"N": K, "K": N}, r"weight: expected \[outputs, inner\] = \[64, 96\] .*, got \[96, 64\]"),
+        (False, {"nested": (1, 2, 3)}, "nested: expected None or .*, got a tuple of 3"),
+        (False, {"nested": 1}, "nested: expected None or .*, got a int"),
+        (True, {"absmax": torch.ones(96)}, "absmax: expected dtype torch.uint8, got torch.float32"),
+        (True, {"absmax": torch.ones(95, dtype=torch.uint8)}, "absmax: expected 96 elements, got 95"),
+        (True, {"absmax2": torch.ones(2)}, "nested absmax: expected 1 elements, got 2"),
+        (True, {"absmax2": torch.ones(0)}, "nested absmax: expected 1 elements, got 0"),
+        (True, {"code": torch.zeros(255)}, "nested code: expected 256 elements, got 255"),
+        (
+            True,
+            {"code": torch.zeros(256).half()},
+            "nested code: expected dtype torch.float32, got torch.float16",
+        ),
+        (True, {"offset": torch.ones(2)}, "nested offset: expected 1 elements, got 2"),
+        (True, {"offset": 1.0}, "nested offset: expected a torch.Tensor, got float"),
+        (True, {"offset": torch.ones((), device="meta")}, "nested offset: expected a dense CPU tensor"),
+        (True, {"blocksize2": 0}, "nested blocksize: expected a power of two"),
+        (True, {"blocksize2": 255}, "nested blocksize: expected a power of two"),
+    ],
+)
+def test_packed_weight_is_refused(nested: bool, change: dict[str, Any], message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        matmul(weight=packed_weight(nested, **change))
+
+
+@pytest.mark.parametrize("weight", [(), (1, 2), packed_weight()[:6], (*packed_weight(), 1)], ids=len)
+def test_weight_tuple_length(weight: tuple[Any, ...]) -> None:
+    with pytest.raises(TypeError, match=rf"weight: expected \(packed, .*\), got a tuple of {len(weight)}"):
+        matmul(weight=weight)
+    with pytest.raises(TypeError, match="weight: expected"):
+        _cpu.dequantize(torch.empty(N, K), list(weight), 1)
+
+
+def test_matmul_sizes_that_disagree() -> None:
+    with pytest.raises(ValueError, match=r"weight: expected shape \[96, 64\], got \[64, 96\]"):
+        matmul(transposed=True)
+    with pytest.raises(ValueError, match="t, u: expected both or neither, got only t"):
+        matmul(t=torch.randn(M, R))
+    with pytest.raises(ValueError, match=r"u: expected shape \[64, 4\], got \[64, 5\]"):
+        matmul(t=torch.randn(M, R), u=torch.randn(N, R + 1))
+    with pytest.raises(ValueError, match=r"bias: expected shape \[64\], got \[1, 64\]"):
+        matmul(bias=torch.randn(1, N))
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"threads": 0}, ValueError),
+        ({"threads": -1}, ValueError),
+        ({"threads": 10**6}, ValueError),
+        ({"threads": 2**40}, TypeError),
+        ({"threads": "2"}, TypeError),
+        ({"threads": None}, TypeError),
+        ({"transposed": None}, TypeError),
+        ({"transposed": 1}, TypeError),
+        ({"alpha": "1"}, TypeError),
+        ({"alpha": None}, TypeError),
+    ],
+    ids=str,
+)
+def test_matmul_scalars(change: dict[str, Any], error: type[Exception]) -> None:
+    with pytest.raises(error):
+        matmul(**change)
+
+
+def test_out_must_not_share_memory() -> None:
+    square = torch.randn(64, 64)
+    with pytest.raises(ValueError, match=r"out: expected memory apart from .*, got memory shared with x"):
+        matmul(out=square, x=square, weight=torch.randn(64, 64))
+    with pytest.raises(ValueError, match="shared with weight"):
+        matmul(out=square[:M], weight=square, x=torch.randn(M, 64))
+    with pytest.raises(ValueError, match="shared with bias"):
+        matmul(out=square[:M], weight=torch.randn(64, K), bias=square[1])
+    for out in (torch.empty(1, N).expand(M, N), torch.empty(500).as_strided((M, N), (N - 1, 1))):
+        with pytest.raises(ValueError, match=r"out: expected elements that do not share .* \[3, 64\]"):
+            matmul(out=out)
+    memory = torch.zeros(N * K)
+    weight = packed_weight(packed=memory.view(torch.uint8)[: N * K // 2])
+    with pytest.raises(ValueError, match="shared with weight packed"):
+        _cpu.dequantize(memory, weight, 1)
+
+
+def test_dequantize_refuses() -> None:
+    with pytest.raises(ValueError, match="out: expected 6144 elements, got 6143"):
+        _cpu.dequantize(torch.empty(N * K - 1), packed_weight(), 1)
+    with pytest.raises(ValueError, match="out: expected a contiguous tensor"):
+        _cpu.dequantize(torch.empty(K, N).t(), packed_weight(), 1)
+    with pytest.raises(ValueError, match=r"out: expected dtype .*, got torch.uint8"):
+        _cpu.dequantize(torch.empty(N, K, dtype=torch.uint8), packed_weight(), 1)
+    with pytest.raises(ValueError, match="out: expected a dense CPU tensor"):
+        _cpu.dequantize(torch.empty(N, K, device="meta"), packed_weight(), 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weight": torch.randn(K, N).t()}, "weight: expected a contiguous tensor"),
+        ({"weight": torch.zeros(N, K, dtype=torch.float64)}, "weight: expected dtype"),
+        ({"weight": torch.zeros(N, K, dtype=torch.uint8)}, "weight: expected dtype"),
+        ({"weight": torch.zeros(N, K + 1)}, "packed: expected 3104 elements, got 3072"),
+        ({"packed": torch.empty(3072)}, "packed: expected dtype torch.uint8"),
+        ({"absmax": torch.empty(97)}, "absmax: expected 96 elements, got 97"),
+        ({"absmax": torch.empty(96).double()}, "absmax: expected dtype"),
+        ({"quant_type": "int4"}, "quant_type: expected"),
+        ({"quant_type": None}, "quant_type: expected"),
+        ({"blocksize": 100}, "blocksize: expected"),
+        ({"threads": 0}, "threads: expected"),
+    ],
+)
+def test_quantize_refuses(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        quantize(**change)
+
+
+def test_quantize_outputs_apart() -> None:
+    memory = torch.empty(N * K)
+    with pytest.raises(ValueError, match=r"packed: expected memory apart .* weight"):
+        quantize(weight=memory, packed=memory.view(torch.uint8)[: N * K // 2])
+    with pytest.raises(ValueError, match=r"absmax: expected memory apart .* packed"):
+        quantize(packed=memory.view(torch.uint8)[: N * K // 2], absmax=memory[: N * K // BLOCKSIZE])
+
+
+def test_tensors_of_every_ordinary_kind_are_accepted() -> None:
+    x, w = torch.randn(M, K), torch.randn(N, K)
+    expected = matmul(x=x, weight=w)
+
+    class Sub(torch.Tensor):
+        pass
+
+    kinds = {
+        "requires_grad": x.clone().requires_grad_(),
+        "parameter": torch.nn.Parameter(x.clone()),
+        "non-leaf": x.clone().requires_grad_() * 1.0,
+        "inference": torch.inference_mode()(lambda: x.clone())(),
+        "subclass": x.as_subclass(Sub),
+        "transposed": x.t().contiguous().t(),
+        "strided": torch.stack([x, x], 2)[..., 0],
+        "copy on write": torch._lazy_clone(x),
+        "shared memory": x.clone().share_memory_(),
+    }
+    for name, tensor in kinds.items():
+        assert torch.equal(matmul(x=tensor, weight=w), expected), name
+    before = w.clone()
+    matmul(x=torch._lazy_clone(x), weight=w)
+    assert torch.equal(w, before)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.func.jvp compiles its decompositions
+@pytest.mark.parametrize("transform", ["vmap", "grad", "jvp", "functionalize"])
+def test_functorch_wrappers_are_refused(transform: str) -> None:
+    """A wrapped tensor's memory is not its value: a kernel that read it would ignore the transform."""
+
+    x, weight, out = torch.randn(M, K), torch.randn(N, K), torch.empty(M, N)
+
+    def f(x: Tensor) -> Tensor:
+        _cpu.matmul(out, x, weight, False, 1.0, None, None, None, 1)
+        return x.sum()
+
+    calls: dict[str, Callable[[], Any]] = {
+        "vmap": lambda: torch.vmap(f)(x[None]),
+        "grad": lambda: torch.func.grad(f)(x),
+        "jvp": lambda: torch.func.jvp(f, (x,), (x,)),
+        "functionalize": lambda: torch.func.functionalize(f)(x),
+    }
+    with pytest.raises(ValueError, match="x: expected"):
+        calls[transform]()
+
+
+def test_empty_sizes() -> None:
+    matmul(out=torch.empty(0, N), x=torch.empty(0, K))
+    matmul(out=torch.empty(M, 0), weight=torch.empty(0, K))
+    assert torch.equal(matmul(x=torch.empty(M, 0), weight=torch.empty(N, 0)), torch.zeros(M, N))
+    bias = torch.randn(N)
+    out = matmul(
+        x=torch.empty(M, 0), weight=torch.empty(N, 0), bias=bias, t=torch.empty(M, 0), u=torch.empty(N, 0)
+    )
+    assert torch.equal(out, bias.expand(M, N))
+    nothing = (torch.empty(0, dtype=torch.uint8), torch.empty(0), None, "nf4", 64)
+    _cpu.dequantize(torch.empty(0, K), (*nothing, 0, K), 1)
+    assert torch.equal(matmul(x=torch.empty(M, 0), weight=(*nothing, N, 0)), torch.zeros(M, N))
+    quantize(weight=torch.empty(0, K), packed=nothing[0], absmax=nothing[1])
+
+
+def test_threads_of_python_share_no_state() -> None:
+    """The GIL is released around a kernel; working memory belongs to the calling thread."""
+    w = packed_weight(
+        absmax=torch.rand(N * K // BLOCKSIZE), packed=torch.randint(0, 256, (N * K // 2,)).byte()
+    )
+    inputs = [torch.randn(m, K).to(dtype) for m in (1, 5, 40) for dtype in (torch.float32, torch.bfloat16)]
+
+    def outputs() -> list[Tensor]:
+        return [matmul(out=torch.empty(len(x), N, dtype=x.dtype), x=x, weight=w, threads=2) for x in inputs]
+
+    expected = outputs()
+    failures: list[int] = []
+
+    def work(number: int) -> None:
+        for _ in range(20):
+            if not all(torch.equal(a, b) for a, b in zip(outputs(), expected, strict=True)):
+                failures.append(number)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+FORK = """
+import os, sys, torch, peftkern
+from peftkern import _cpu
+torch.set_num_threads(4)
+w = torch.randn(512, 512)
+packed = torch.empty(w.numel() // 2, dtype=torch.uint8)
+absmax = torch.empty(w.numel() // 64)
+def step():
+    _cpu.quantize(w, packed, absmax, "nf4", 64, 4)
+    weight = (packed, absmax, None, "nf4", 64, 512, 512)
+    results = [torch.empty(512, 512)]
+    _cpu.dequantize(results[0], weight, 4)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for rows in (1, 8, 300):
+            x = torch.linspace(-1, 1, rows * 512).view(rows, 512).to(dtype)
+            for transposed in (False, True):
+                results.append(torch.empty(rows, 512, dtype=dtype))
+                _cpu.matmul(results[-1], x, weight, transposed, 1.0, None, None, None, 4)
+    return results
+expected = step()
+def descend(depth):
+    child = os.fork()
+    if child == 0:
+        torch.set_num_threads(1)  # torch's own parallel loops would wait for ever
+        same = all(torch.equal(a, b) for a, b in zip(step(), expected, strict=True))
+        if depth and descend(depth - 1) != 0:
+            os._exit(2)
+        os._exit(0 if same else 1)
+    return os.waitpid(child, 0)[1]
+assert descend(1) == 0, "child"
+assert all(torch.equal(a, b) for a, b in zip(step(), expected, strict=True)), "parent, afterwards"
+print("done")
+"""
+
+
+def test_fork_after_use() -> None:
+    """libgomp's threads do not survive fork(): a parallel region in the child would wait for ever."""
+    result = subprocess.run([sys.executable, "-c", FORK], capture_output=True, text=True, timeout=100)
+    assert result.stdout == "done\n", result.stderr
+
+
+def test_one_openmp_runtime() -> None:
+    if not os.path.exists("/proc/self/maps"):
+        pytest.skip("no /proc/self/maps")
+    if _cpu.build_info()["openmp"] is None:
+        pytest.skip("built without OpenMP")
+    code = """
+import torch, peftkern
+from peftkern import _cpu
+w = torch.randn(256, 256)
+_cpu.quantize(w, torch.empty(w.numel() // 2, dtype=torch.uint8), torch.empty(w.numel() // 64), "nf4", 64, 2)
+print(open("/proc/self/maps").read())
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    assert result.returncode == 0, result.stderr
+    runtimes = set(re.findall(r"\S*/lib(?:gomp|omp|iomp5)\b\S*", result.stdout))
+    assert len(runtimes) == 1, runtimes
