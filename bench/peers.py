@@ -633,12 +633,12 @@ def read_ceiling(inputs: Inputs) -> Candidate:
 
 
 @functools.lru_cache
-def _peak_iterations(level: str, threads: int) -> tuple[int, int]:
+def _peak_iterations(dtype: torch.dtype, threads: int) -> tuple[int, int]:
     """(iterations that last some milliseconds, operations they do)."""
     probe, iterations = _cpu("probe_peak").probe_peak, 1000
     while True:
         start = time.perf_counter()
-        gflop = probe(level, iterations, threads)
+        gflop = probe(dtype, iterations, threads)
         if time.perf_counter() - start > 4e-3:
             return iterations, round(gflop * 1e9)
         iterations *= 2
@@ -651,11 +651,12 @@ def peak_ceiling(inputs: Inputs) -> Candidate:
         raise UnavailableError
     module = _cpu("probe_peak")
     level = module.kernel("matmul", DTYPES[case.dtype])
-    iterations, operations = _peak_iterations(level, threads)
+    dtype = DTYPES[case.dtype]
+    iterations, operations = _peak_iterations(dtype, threads)
     return Candidate(
         cases.PEAK,
         f"{level} multiply-adds from L1",
-        lambda i: module.probe_peak(level, iterations, threads),
+        lambda i: module.probe_peak(dtype, iterations, threads),
         1,
         0,
         operations,

@@ -82,4 +82,25 @@ struct MatmulParams {
   int threads = 1;
 };
 
+// out[m, k] = x[m, k] where hash(seed, m * columns + k) < threshold, else 0; out is contiguous, of x's dtype.
+struct DropoutParams {
+  Matrix x;
+  int64_t rows = 0;
+  int64_t columns = 0;
+  uint64_t seed = 0;
+  uint64_t threshold = 0;  // 2^32 keeps everything
+  void* out = nullptr;
+  int threads = 1;
+};
+
+// What a benchmark compares with: reads `bytes` of data once and does `iterations` rounds of products in registers.
+struct ProbeParams {
+  const void* data = nullptr;
+  int64_t bytes = 0;
+  int64_t iterations = 0;
+  double* result = nullptr;      // operations done
+  uint64_t* checksum = nullptr;  // so that nothing is optimised away
+  int threads = 1;
+};
+
 }  // namespace peftkern

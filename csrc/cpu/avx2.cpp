@@ -2,5 +2,7 @@
 #include "cpu/vec_avx2.h"
 
 #include "cpu/dequantize.inl"
-#include "cpu/quantize.inl"
+#include "cpu/dropout.inl"
 #include "cpu/matmul_f32.inl"
+#include "cpu/probe_f32.inl"
+#include "cpu/quantize.inl"

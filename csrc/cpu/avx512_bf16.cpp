@@ -2,6 +2,7 @@
 #include "cpu/vec_avx512.h"
 
 #include "cpu/matmul_bf16.inl"
+#include "cpu/probe.inl"
 
 namespace peftkern::PEFTKERN_ISA {
 namespace {
@@ -57,7 +58,24 @@ struct Bf16Kernel : Bf16Panels {
   }
 };
 
+struct Bf16Products {
+  static constexpr int kRows = 5;
+  static constexpr int kColumns = 4;
+  static constexpr int kFlops = 64;
+  using Operand = __m512bh;
+  using Sum = __m512;
+  static __m512bh operand(uint32_t& seed) {
+    const __m512 low = F32Products::operand(seed).v;
+    return _mm512_cvtne2ps_pbh(F32Products::operand(seed).v, low);
+  }
+  static __m512 nothing() { return _mm512_setzero_ps(); }
+  static __m512 product(__m512bh a, __m512bh b, __m512 sum) { return _mm512_dpbf16_ps(sum, a, b); }
+  static float total(__m512 sum) { return _mm512_reduce_add_ps(sum); }
+};
+
 }  // namespace
+
+void probe_bf16(const ProbeParams& p) { probe<Bf16Products>(p); }
 
 void matmul_bf16(const MatmulParams& p) {
   if (p.rows == 0 || p.outputs == 0) return;

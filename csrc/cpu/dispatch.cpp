@@ -31,6 +31,8 @@ namespace peftkern {
 #define PEFTKERN_PARAMS_matmul MatmulParams
 #define PEFTKERN_PARAMS_dequantize DequantizeParams
 #define PEFTKERN_PARAMS_quantize QuantizeParams
+#define PEFTKERN_PARAMS_dropout DropoutParams
+#define PEFTKERN_PARAMS_probe ProbeParams
 
 #define PEFTKERN_KERNEL(isa, primitive, dtype) \
   PEFTKERN_ROWS_##isa(namespace isa { void primitive##_##dtype(const PEFTKERN_PARAMS_##primitive&); })
@@ -95,6 +97,8 @@ struct State {
   Chosen<MatmulParams> matmul;
   Chosen<DequantizeParams> dequantize;
   Chosen<QuantizeParams> quantize;
+  Chosen<DropoutParams> dropout;
+  Chosen<ProbeParams> probe;
 
   explicit State(Isa isa) { set(isa); }
   void set(Isa isa) {
@@ -102,6 +106,8 @@ struct State {
     matmul.choose_all(isa);
     dequantize.choose_all(isa);
     quantize.choose_all(isa);
+    dropout.choose_all(isa);
+    probe.choose_all(isa);
   }
 };
 
@@ -126,6 +132,8 @@ void set_active_isa(Isa isa) { state().set(isa); }
 void matmul(const MatmulParams& p) { state().matmul[p.x.dtype].run(p); }
 void dequantize(const DequantizeParams& p) { state().dequantize[p.out_dtype].run(p); }
 void quantize(const QuantizeParams& p) { state().quantize[p.dtype].run(p); }
+void dropout(const DropoutParams& p) { state().dropout[p.x.dtype].run(p); }
+void probe(const ProbeParams& p, DType dtype) { state().probe[dtype].run(p); }
 
 Isa kernel_isa(Primitive primitive, DType dtype) {
   switch (primitive) {
@@ -135,6 +143,10 @@ Isa kernel_isa(Primitive primitive, DType dtype) {
       return state().dequantize[dtype].isa;
     case Primitive::quantize:
       return state().quantize[dtype].isa;
+    case Primitive::dropout:
+      return state().dropout[dtype].isa;
+    case Primitive::probe:
+      return state().probe[dtype].isa;
   }
   return Isa::scalar;
 }

@@ -17,8 +17,6 @@
 //   overhead   decode ≈ 9 cycles per 128 weights per block of kMaxRows rows of x: 2 % of the multiply at 256 rows
 #pragma once
 
-#include <omp.h>
-
 #include <cstddef>
 
 #include "cpu/decode.inl"
@@ -84,7 +82,7 @@ class Matmul {
 
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-      char* mine = first + per_thread * static_cast<size_t>(omp_get_thread_num());
+      char* mine = first + per_thread * static_cast<size_t>(thread_index());
       Workspace w = {reinterpret_cast<Elem*>(mine), reinterpret_cast<float*>(mine + panel_bytes),
                      reinterpret_cast<float*>(mine + panel_bytes + c_bytes)};
       for (int64_t m0 = 0; m0 < p.rows; m0 += block_rows) {

@@ -329,7 +329,7 @@ inline void dot_bf16(const MatmulParams& p, const Bf16* x, const Bf16* t, const 
   const int64_t block = round_up(ceil_div(p.inner, blocks), 128);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    char* mine = buffers.memory + buffers.total() * omp_get_thread_num();
+    char* mine = buffers.memory + buffers.total() * thread_index();
     __m512* sums = reinterpret_cast<__m512*>(mine);
     float* absmax = reinterpret_cast<float*>(mine + buffers.sums);
     Bf16* row = reinterpret_cast<Bf16*>(mine + buffers.sums + buffers.absmax);
@@ -380,7 +380,7 @@ inline void dot_bf16(const MatmulParams& p, const Bf16* x, const Bf16* t, const 
 // Plain, few rows, and units of W that lie within one row and one block.
 inline bool dot_applies(const MatmulParams& p, int64_t most) {
   const int64_t unit = p.weight4.log2_blocksize == 5 ? 32 : 64;
-  return !p.transposed && p.rows <= most && (!p.weight4.packed || p.inner % unit == 0);
+  return !p.transposed && p.rows <= most && p.inner > 0 && (!p.weight4.packed || p.inner % unit == 0);
 }
 
 template <int M>

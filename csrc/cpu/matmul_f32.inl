@@ -81,7 +81,7 @@ inline void dot_f32(const MatmulParams& p, const float* x, const float* t, int t
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     // The row of W as floats (dense), or its absmax (nested).
-    float* buffer = const_cast<float*>(t) + M * p.rank + omp_get_thread_num() * max_of(blocks, p.inner + p.rank);
+    float* buffer = const_cast<float*>(t) + M * p.rank + thread_index() * max_of(blocks, p.inner + p.rank);
 #pragma omp for schedule(guided)
     for (int64_t task = 0; task < ceil_div(p.outputs, kTask); ++task) {
       for (int64_t o = task * kTask; o < min_of(p.outputs, (task + 1) * kTask); ++o) {

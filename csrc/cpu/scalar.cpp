@@ -3,5 +3,7 @@
 #include "cpu/vec_scalar.h"
 
 #include "cpu/dequantize.inl"
-#include "cpu/quantize.inl"
+#include "cpu/dropout.inl"
 #include "cpu/matmul_f32.inl"
+#include "cpu/probe_f32.inl"
+#include "cpu/quantize.inl"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, get_num_threads
 
-from peftkern.backends import Backend, Call, Weight4, reference
+from peftkern.backends import Backend, Call, Weight4
 
 _cpu: Any = None
 _missing: str | None = None
@@ -37,8 +37,6 @@ def supports(call: Call) -> str | None:
 def detail(call: Call) -> str:
     if call.primitive == "matmul_dense":
         return f"torch's GEMM, the addend by {_cpu.kernel('matmul', call.dtype)}"
-    if call.primitive == "dropout":
-        return "torch"
     return str(_cpu.kernel(call.primitive, call.dtype))
 
 
@@ -84,6 +82,10 @@ def quantize(weight: Tensor, packed: Tensor, absmax: Tensor, quant_type: str, bl
     _cpu.quantize(weight, packed, absmax, quant_type, blocksize, get_num_threads())
 
 
+def dropout(out: Tensor, x: Tensor, p: float, seed: Tensor) -> None:
+    _cpu.dropout(out, x, p, int(seed), get_num_threads())
+
+
 BACKEND = Backend(
     name="cpu",
     rows={
@@ -91,7 +93,7 @@ BACKEND = Backend(
         "matmul_dense": matmul_dense,
         "dequantize": dequantize,
         "quantize": quantize,
-        "dropout": reference.dropout,
+        "dropout": dropout,
     },
     supports=supports,
     detail=detail,
