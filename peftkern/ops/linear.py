@@ -22,6 +22,7 @@ from peftkern.formats import QuantizedWeight
 DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 _STRIDED = torch.strided
+_VMAP_MODE: Any = torch._C._parse_dispatch_key("VmapMode")
 
 # packed, absmax, absmax2, code, offset: as a library op and save_for_backward take a 4-bit weight
 WeightTensors = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
@@ -75,17 +76,21 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def is_direct(*tensors: Tensor | None) -> bool:
+def is_direct(first: Tensor, *others: Tensor | None) -> bool:
     """Plain tensors that nothing watches: their memory may be handed to a kernel as it is."""
     if (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
+        or torch._C._dispatch_tls_is_dispatch_key_included(_VMAP_MODE)  # torch.autograd.grad(is_grads_batched=True)
+        or torch._C._get_tracing_state() is not None  # torch.jit.trace
     ):
         return False
-    for tensor in tensors:
-        # a negative-bit view (z.conj().imag) shares its memory with its negation
+    # a negative-bit view (z.conj().imag) shares its memory with its negation
+    if type(first) not in _PLAIN or first.is_neg() or first.is_meta:
+        return False
+    for tensor in others:
         if tensor is not None and (type(tensor) not in _PLAIN or tensor.is_neg()):
             return False
     return True
@@ -94,6 +99,8 @@ def is_direct(*tensors: Tensor | None) -> bool:
 def autocast_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     """The dtype that F.linear would compute in: autocast's where it is on for the device, else the tensor's."""
     kind = device.type
+    if kind == "meta":  # has no autocast
+        return dtype
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype
 
 
@@ -270,19 +277,23 @@ def _tangent(tensor: Tensor) -> bool:
 
 
 def _undifferentiable(name: str) -> Any:
-    """The library op as autograd sees it: the public Functions call it with autograd off."""
+    """The library op as autograd sees it. The public Functions are its derivative; its own is an error, never zero."""
     op = getattr(_OPS, name).default
+    message = f"peftkern::{name} has no derivative of its own: double backward and forward mode are not implemented"
 
     def kernel(keys: torch._C.DispatchKeySet, *args: Any) -> Any:
         tensors = [arg for arg in args if isinstance(arg, Tensor)]
-        reverse = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-        if reverse or any(_tangent(tensor) for tensor in tensors):
-            raise RuntimeError(
-                f"peftkern::{name} has no derivative of its own: the public ops have a first derivative in "
-                "reverse mode; double backward and forward mode are not implemented"
-            )
+        if any(_tangent(tensor) for tensor in tensors):
+            raise RuntimeError(message)
         with torch._C._AutoDispatchBelowAutograd():
-            return op.redispatch(keys & torch._C._after_autograd_keyset, *args)
+            result = op.redispatch(keys & torch._C._after_autograd_keyset, *args)
+        if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
+            return result
+        results = list(result) if isinstance(result, tuple) else [result]
+        # as once_differentiable does: the graph goes on, into a node that raises
+        error = torch._C._functions.DelayedError(message.encode(), len(results) + len(tensors))
+        raising = error(*results, *tensors)
+        return tuple(raising[: len(results)]) if isinstance(result, tuple) else raising[0]
 
     return kernel
 
