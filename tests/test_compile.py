@@ -35,7 +35,9 @@ def operands(M: int = 6, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ..
     return tuple(tensor.requires_grad_() for tensor in (x.to(dtype), A, B, bias))
 
 
-def model(x: Tensor, weight: Tensor | QuantizedWeight, A: Tensor, B: Tensor, bias: Tensor, p: float = 0.0) -> Tensor:
+def model(
+    x: Tensor, weight: Tensor | QuantizedWeight, A: Tensor, B: Tensor, bias: Tensor, p: float = 0.0
+) -> Tensor:
     return torch.nn.functional.silu(lora_linear(x * 1.5, weight, A, B, 0.5, bias, p))
 
 
@@ -285,7 +287,9 @@ def test_functorch(kind: str) -> None:
     grads = torch.randn(2, 6, N)
     (batched_dx,) = torch.autograd.grad(y, x, grads, is_grads_batched=True, retain_graph=True)
     for j in range(2):
-        assert torch.allclose(batched_dx[j], torch.autograd.grad(y, x, grads[j], retain_graph=True)[0], atol=1e-4)
+        assert torch.allclose(
+            batched_dx[j], torch.autograd.grad(y, x, grads[j], retain_graph=True)[0], atol=1e-4
+        )
 
 
 @pytest.mark.parametrize("kind", ["nested", "dense"])

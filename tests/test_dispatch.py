@@ -71,7 +71,10 @@ def test_backward_runs_after_the_block() -> None:
 
 @pytest.mark.parametrize("name", ["cuda", "CPU", "", 3])
 def test_unknown_backend(name: object) -> None:
-    with pytest.raises(ValueError, match=f"name: expected one of cpu, reference, got {name!r}"), use_backend(name):  # type: ignore[arg-type]
+    with (
+        pytest.raises(ValueError, match=f"name: expected one of cpu, reference, got {name!r}"),
+        use_backend(name),
+    ):  # type: ignore[arg-type]
         pass
 
 
@@ -86,7 +89,9 @@ def test_forced_backend_that_cannot_raises_with_every_reason() -> None:
 
 
 def test_nobody_can() -> None:
-    with pytest.raises(RuntimeError, match=r"no backend can run matmul int8 on cpu:\n  cpu: .*\n  reference: it takes"):
+    with pytest.raises(
+        RuntimeError, match=r"no backend can run matmul int8 on cpu:\n  cpu: .*\n  reference: it takes"
+    ):
         dispatch.find("matmul", CPU, torch.int8)
     with pytest.raises(RuntimeError, match="reference: it has no transpose"):
         dispatch.find("transpose", CPU, torch.float32)
@@ -103,7 +108,11 @@ def test_explain_tells_what_would_run() -> None:
     with use_backend("reference"):
         told = explain("lora_linear", **arguments())
     assert told.forced == told.backend == "reference"
-    assert told.choices[0].others["cpu"].startswith("'reference' is forced" if cpu.missing() is None else "the ext")
+    assert (
+        told.choices[0]
+        .others["cpu"]
+        .startswith("'reference' is forced" if cpu.missing() is None else "the ext")
+    )
     assert "forced backend: reference" in str(told)
     assert "not cpu: " in repr(told)
 
@@ -128,7 +137,9 @@ def test_explain_knows_every_op() -> None:
     ]:
         assert [choice.call.primitive for choice in told.choices] == primitives
         assert str(told).startswith(told.op)
-    with pytest.raises(ValueError, match="op: expected one of dequantize_4bit, linear_4bit, .*, got 'softmax'"):
+    with pytest.raises(
+        ValueError, match="op: expected one of dequantize_4bit, linear_4bit, .*, got 'softmax'"
+    ):
         explain("softmax", x)
 
 
@@ -156,7 +167,9 @@ def test_missing_extension_warns_once_and_is_explained(monkeypatch: pytest.Monke
     monkeypatch.setattr(dispatch, "_warned", set())
     call = Call("matmul", CPU, torch.float32)
     assert unavailable(cpu.BACKEND, call) == cpu.missing()
-    with pytest.warns(RuntimeWarning, match="slow reference backend: the extension peftkern._cpu is not available"):
+    with pytest.warns(
+        RuntimeWarning, match="slow reference backend: the extension peftkern._cpu is not available"
+    ):
         assert dispatch.find(*call) is reference.matmul
     with use_backend("cpu"), pytest.raises(RuntimeError, match=r"cpu: the extension"):
         dispatch.find(*call)

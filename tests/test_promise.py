@@ -1,0 +1,160 @@
+"""The promise of the README, a test for each sentence. The other files go into each op's depth; this one says it all."""
+
+from __future__ import annotations
+
+import random
+import warnings
+
+import bounds
+import pytest
+import torch
+from torch import Tensor
+
+import peftkern
+from peftkern import QuantizedWeight, dispatch, reference
+from peftkern.backends import cpu
+
+N, K, R = 65, 130, 8  # odd on purpose: rows end inside bytes' vectors, blocks straddle rows
+SETTINGS = [("nf4", 64, False), ("nf4", 64, True), ("fp4", 32, False), ("fp4", 4096, True)]
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def operands(dtype: torch.dtype, M: int = 33) -> dict[str, Tensor]:
+    return {
+        "x": torch.randn(M, K).to(dtype).requires_grad_(),
+        "lora_A": torch.randn(R, K).requires_grad_(),
+        "lora_B": torch.randn(N, R).requires_grad_(),
+        "bias": torch.randn(N).requires_grad_(),
+    }
+
+
+def step(o: dict[str, Tensor], weight: Tensor | QuantizedWeight, grad: Tensor) -> dict[str, Tensor]:
+    y = peftkern.lora_linear(o["x"], weight, o["lora_A"], o["lora_B"], 0.5, o["bias"])
+    found = torch.autograd.grad(y, list(o.values()), grad)
+    return {"y": y.detach(), **dict(zip(o, found, strict=True))}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_1_dequantize_is_bit_identical_on_every_backend(
+    settings: tuple[str, int, bool], dtype: torch.dtype, backend: str
+) -> None:
+    weight = reference.quantize_4bit(torch.randn(N, K), *settings)
+    found = peftkern.dequantize_4bit(weight, dtype)
+    expected = reference.dequantize_4bit(weight, dtype)
+    assert torch.equal(found.view(torch.uint8), expected.view(torch.uint8))
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_1_quantize_gives_bitsandbytes_bytes(settings: tuple[str, int, bool], backend: str) -> None:
+    functional = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed").functional
+    quant_type, blocksize, double_quant = settings
+    W = torch.randn(N, K)
+    packed, state = functional.quantize_4bit(
+        W, blocksize=blocksize, compress_statistics=double_quant, quant_type=quant_type
+    )
+    weight = peftkern.quantize_4bit(W, quant_type, blocksize, double_quant)
+    assert torch.equal(weight.packed, packed.view(-1))
+    assert torch.equal(weight.absmax, state.absmax)
+    if weight.nested is not None:
+        assert torch.equal(weight.nested.absmax, state.state2.absmax)
+        assert torch.equal(weight.nested.code, state.state2.code)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dense", [False, True])
+def test_2_within_the_stated_bound_of_fp64(dense: bool, dtype: torch.dtype, backend: str) -> None:
+    """Max and mean (tests/bounds.py derives both), for the value and each gradient by name."""
+    for M in (1, 2, 33, 70):
+        o, grad = operands(dtype, M), torch.randn(M, N).to(dtype)
+        W = torch.randn(N, K).to(dtype)
+        weight = W if dense else peftkern.quantize_4bit(W)
+        expected = bounds.linear(o["x"], weight, o["bias"], grad, o["lora_A"], o["lora_B"], 0.5)
+        for name, tensor in step(o, weight, grad).items():
+            bounds.check(name, tensor, expected[name])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_3_same_input_same_bits(dtype: torch.dtype, isa: str) -> None:
+    """Run after run, whatever the thread count, and whatever the other rows hold."""
+    weight = peftkern.quantize_4bit(torch.randn(N, K))
+    before = torch.get_num_threads()
+    try:
+        for M in (1, 17, 70):
+            o, grad = operands(dtype, M), torch.randn(M, N).to(dtype)
+            first = step(o, weight, grad)
+            for threads in (1, 2, 3):
+                torch.set_num_threads(threads)
+                for name, tensor in step(o, weight, grad).items():
+                    assert torch.equal(tensor, first[name]), name
+            for row in {0, M // 2, M - 1}:
+                others = torch.arange(M) != row
+                x = o["x"].detach().clone()
+                x[others] = torch.randn(M - 1, K).to(dtype) * 100
+                rescaled = torch.where(others[:, None], grad * 50, grad)
+                second = step({**o, "x": x.requires_grad_()}, weight, rescaled)
+                assert torch.equal(second["y"][row], first["y"][row])
+                assert torch.equal(second["x"][row], first["x"][row])
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_4_bad_arguments_raise_and_say_why() -> None:
+    """Random rubbish in any argument: TypeError or ValueError that names an argument, or a result; never anything else."""
+    weight = peftkern.quantize_4bit(torch.randn(N, K))
+    good = {"x": torch.randn(3, K), "weight": weight, "lora_A": torch.randn(R, K), "lora_B": torch.randn(N, R),
+            "scaling": 1.0, "bias": torch.randn(N), "dropout": 0.0}  # fmt: skip
+    rubbish = [
+        None, 0, -1, 2**70, True, "x", b"x", [], {}, object(), float("nan"), float("inf"), 1e39, 1 + 2j,
+        torch.tensor(1.0), torch.zeros(0), torch.zeros(1, 1, 1), torch.zeros(N, K), torch.zeros(K, N), torch.zeros(K),
+        torch.zeros(R, K, dtype=torch.float64), torch.zeros(R, K, dtype=torch.int8), torch.zeros(R, K).to_sparse(),
+        torch.zeros(R, K, dtype=torch.complex64), torch.zeros(R, K, device="meta"), torch.zeros(N, R).bool(),
+        torch.zeros(R, K, dtype=torch.float8_e4m3fn), torch.nn.Linear(K, N), weight,
+        peftkern.quantize_4bit(torch.randn(K, N)), peftkern.quantize_4bit(torch.randn(1, 1)),
+    ]  # fmt: skip
+    chance = random.Random(0)
+    raised = 0
+    for _ in range(1500):
+        arguments = dict(good)
+        for name in chance.sample(sorted(good), chance.choice((1, 1, 2))):
+            arguments[name] = chance.choice(rubbish)
+        try:
+            peftkern.lora_linear(**arguments)  # type: ignore[arg-type]
+        except (TypeError, ValueError) as error:
+            raised += 1
+            argument, _, rest = str(error).partition(": ")
+            assert argument in good, error
+            assert "expected" in rest and "got" in rest, error  # noqa: PT018
+    assert raised > 1000
+
+
+def test_5_no_silent_fallback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A forced backend runs or raises; without the extension a warning says so before the first slow result."""
+    x, weight = torch.randn(3, K), peftkern.quantize_4bit(torch.randn(N, K))
+    monkeypatch.setattr(cpu, "_missing", "the extension is not there")
+    monkeypatch.setattr(dispatch, "_found", {})
+    monkeypatch.setattr(dispatch, "_warned", set())
+    with peftkern.use_backend("cpu"), pytest.raises(RuntimeError, match="cpu: the extension is not there"):
+        peftkern.linear_4bit(x, weight)
+    with pytest.warns(RuntimeWarning, match="slow reference backend"):
+        peftkern.linear_4bit(x, weight)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        peftkern.linear_4bit(x, weight)
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_5_no_mutation_of_an_input(dense: bool, backend: str) -> None:
+    W = torch.randn(N, K)
+    weight = W if dense else peftkern.quantize_4bit(W, double_quant=True)
+    o, grad = operands(torch.float32), torch.randn(33, N)
+    leaves, _ = torch.utils._pytree.tree_flatten((W, weight, o, grad))
+    before = [(leaf.detach().clone(), leaf._version) for leaf in leaves]
+    step(o, weight, grad)
+    peftkern.lora_linear(o["x"], weight, o["lora_A"], o["lora_B"], 1.0, None, 0.5)
+    peftkern.merge(weight, torch.randn(N, K))
+    if isinstance(weight, QuantizedWeight):
+        peftkern.dequantize_4bit(weight)
+    for leaf, (copy, version) in zip(leaves, before, strict=True):
+        assert torch.equal(leaf, copy)
+        assert leaf._version == version
