@@ -645,7 +645,7 @@ def _peak_iterations(dtype: torch.dtype, threads: int) -> tuple[int, int]:
 
 
 def peak_ceiling(inputs: Inputs) -> Candidate:
-    """Multiply-adds on data close to the core: the same threads and the instructions of the level in use."""
+    """Multiply-adds on registers: the same threads and the instructions of the level in use."""
     case, threads = inputs.case, torch.get_num_threads()
     if case.op in ("dequantize", "quantize"):
         raise UnavailableError
@@ -655,7 +655,7 @@ def peak_ceiling(inputs: Inputs) -> Candidate:
     iterations, operations = _peak_iterations(dtype, threads)
     return Candidate(
         cases.PEAK,
-        f"{level} multiply-adds from L1",
+        f"{level} multiply-adds on registers",
         lambda i: module.probe_peak(dtype, iterations, threads),
         1,
         0,
