@@ -16,6 +16,7 @@ struct Bf16Kernel : Bf16Panels {
   static constexpr int kPanelColumns = 128;
   static constexpr int kMaxRows = 384;
   static constexpr int kRowSplit = 48;
+  static constexpr int kRowSplitTransposed = 12;
   static constexpr int kAlignPlain = 2;
   static constexpr int kAlignTransposed = 2;
   static constexpr double kSerialWork = 1 << 18;

@@ -52,7 +52,10 @@ class Matmul {
     segments[0] = {p.x, dense, four_bit, reordered, p.inner, round_up(p.inner, align)};
     const int64_t align_u = p.transposed ? K::kAlignTransposed : K::kAlignPlain;
     segments[1] = {p.t, p.u, false, false, p.rank, round_up(p.rank, align_u)};
-    block_rows = min_of<int64_t>(p.rows, K::kMaxRows);
+    row_split = p.transposed ? K::kRowSplitTransposed : K::kRowSplit;
+    // As even as the tiles allow: 512 rows are 288 + 224, not 384 + 128.
+    const int64_t blocks = ceil_div(p.rows, K::kMaxRows);
+    block_rows = blocks == 1 ? p.rows : round_up(ceil_div(p.rows, blocks), K::kRowSplit);
     block_pad = p.transposed ? block_rows : round_up(block_rows, kLanes);
     panel_outputs = p.transposed ? K::kPanelColumns : K::kPanelRows;
   }
@@ -63,7 +66,7 @@ class Matmul {
                         static_cast<double>(p.inner + p.rank);
     const int threads = work < K::kSerialWork ? 1 : p.threads;
     // Few outputs: the rows of x are what there is to share out.
-    const int64_t row_groups = ceil_div(block_rows, K::kRowSplit);
+    const int64_t row_groups = ceil_div(block_rows, row_split);
     const int64_t row_splits = panels >= 4 * threads ? 1 : min_of<int64_t>(row_groups, threads);
 
     const int64_t x_elems = p.transposed ? chunks() * block_rows * kRowStride
@@ -97,9 +100,9 @@ class Matmul {
         for (int64_t task = 0; task < panels * row_splits; ++task) {
           const int64_t panel = task / row_splits;
           const int64_t split = task % row_splits;
-          const int64_t groups = ceil_div(rows, K::kRowSplit);
-          const int64_t begin = groups * split / row_splits * K::kRowSplit;
-          const int64_t end = min_of(groups * (split + 1) / row_splits * K::kRowSplit, rows);
+          const int64_t groups = ceil_div(rows, row_split);
+          const int64_t begin = groups * split / row_splits * row_split;
+          const int64_t end = min_of(groups * (split + 1) / row_splits * row_split, rows);
           const int64_t o0 = panel * panel_outputs;
           const int64_t outputs = min_of(panel_outputs, p.outputs - o0);
           if (begin < end) p.transposed ? panel_transposed(w, m0, begin, end, o0, outputs)
@@ -286,6 +289,7 @@ class Matmul {
   const MatmulParams& p;
   const CodeTable table;
   Segment segments[2];
+  int64_t row_split;  // rows of x that one task has at least
   int64_t block_rows, block_pad;
   int64_t panel_outputs;
   Elem* x_packed = nullptr;

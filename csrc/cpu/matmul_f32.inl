@@ -18,6 +18,7 @@ struct F32Kernel {
   static constexpr int kPanelColumns = 96;
   static constexpr int kMaxRows = 240;
   static constexpr int kRowSplit = 48;
+  static constexpr int kRowSplitTransposed = kAccumulators / kMaxVectors * 2;
   static constexpr int kAlignPlain = 1;
   static constexpr int kAlignTransposed = 1;
   static constexpr int kGroup = 1;  // panels are in natural order
