@@ -300,7 +300,7 @@ class QuantizedWeight:
     @classmethod
     def from_bitsandbytes(cls, packed: Tensor, quant_state: Any) -> QuantizedWeight:
         """From bitsandbytes' packed tensor (any quant_storage dtype) and its `QuantState`, nested or not.
-        Nothing is copied.
+        The memory is shared.
 
         Raises ValueError or TypeError, naming what was found, when the two don't agree, when the weight is
         not a matrix, when the code table is not that of the quant_type, or when bitsandbytes has repacked the
@@ -401,7 +401,7 @@ class QuantizedWeight:
     @classmethod
     def from_state_dict(cls, tensors: Mapping[str, Tensor], prefix: str) -> QuantizedWeight:
         """The weight that `state_dict(prefix)`, or bitsandbytes' Linear4bit, wrote. Other keys are left
-        alone; nothing is copied.
+        alone; the memory is shared.
 
         Every size, dtype, name and number is checked against the tensors that are there before it is used;
         what doesn't agree raises ValueError or TypeError naming the key, what was expected and what came.
@@ -513,10 +513,14 @@ def _check_prefix(prefix: object) -> None:
 
 
 def _plain(value: object, name: str = "quant_state") -> Tensor:
-    """A tensor without its Parameter subclass and its graph, sharing the memory."""
+    """A tensor without its Parameter subclass and its graph, sharing the memory unless that is misaligned."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
-    return value.data if isinstance(value, torch.nn.Parameter) else value.detach()
+    tensor = value.data if isinstance(value, torch.nn.Parameter) else value.detach()
+    # torch.frombuffer and memory-mapped files give such tensors; no kernel reads a float at an odd address
+    if tensor.device.type == "cpu" and type(tensor) is Tensor and tensor.layout is torch.strided:
+        return tensor.clone() if tensor.data_ptr() % tensor.element_size() else tensor
+    return tensor
 
 
 def _bytes_of(name: str, value: object) -> Tensor:

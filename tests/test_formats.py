@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from peftkern import DoubleQuant, QuantizedWeight, dequantize_4bit, quantize_4bit, reference
+from peftkern import DoubleQuant, QuantizedWeight, dequantize_4bit, linear_4bit, quantize_4bit, reference
 from peftkern.formats import BLOCKSIZES, CODES, DTYPE_NAMES, DYNAMIC_CODE, code_table
 
 PREFIX = "model.layers.0.self_attn.q_proj.weight"
@@ -383,15 +383,37 @@ def test_safetensors_file(tmp_path: Any) -> None:
         assert torch.equal(dequantize_4bit(again), dequantize_4bit(weight))
 
 
-@pytest.mark.parametrize("address", [1, 2, 3, 7, 39])
-def test_odd_addresses(address: int, isa: str) -> None:
-    weight = make((33, 70), nested=False)
-    buffer = torch.empty(weight.packed.numel() + 64, dtype=torch.uint8)
-    start = (address - buffer.data_ptr()) % 64
-    packed = buffer[start : start + weight.packed.numel()].copy_(weight.packed)
-    assert packed.data_ptr() % 64 == address
-    moved = QuantizedWeight(packed, weight.absmax, weight.shape, "nf4", 64, torch.float32)
-    assert torch.equal(dequantize_4bit(moved), dequantize_4bit(weight))
+def at_address(tensor: Tensor, address: int) -> Tensor:
+    """The same tensor with its data at `address` mod 64, as a memory-mapped file may place it."""
+    raw = tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    buffer = bytearray(len(raw) + 128)
+    start = (address - torch.frombuffer(buffer, dtype=torch.uint8).data_ptr()) % 64
+    buffer[start : start + len(raw)] = raw
+    moved = torch.frombuffer(buffer, dtype=tensor.dtype, count=tensor.numel(), offset=start).view(
+        tensor.shape
+    )
+    assert moved.data_ptr() % 64 == address
+    return moved
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("address", [1, 2, 3, 39])
+def test_odd_addresses(address: int, nested: bool, backend: str) -> None:
+    """Bytes are read where they lie; a number at an address that is no multiple of its size is moved."""
+    weight = make((33, 70), nested=nested)
+    tensors = {name: at_address(tensor, address) for name, tensor in weight.state_dict("w").items()}
+    stripped = {name.removeprefix("w."): tensor for name, tensor in tensors.items() if name != "w"}
+    for moved in (
+        QuantizedWeight.from_state_dict(tensors, "w"),
+        QuantizedWeight.from_bitsandbytes(
+            tensors["w"], F.QuantState.from_dict(stripped, torch.device("cpu"))
+        ),
+    ):
+        assert moved.packed.data_ptr() == tensors["w"].data_ptr()
+        for dtype in DTYPE_NAMES:
+            assert torch.equal(dequantize_4bit(moved, dtype), reference.dequantize_4bit(weight, dtype))
+        x = torch.randn(3, 70)
+        assert torch.equal(linear_4bit(x, moved), linear_4bit(x, weight))
 
 
 def edited(weight: QuantizedWeight, edit: Callable[[dict[str, Any]], Any]) -> dict[str, Tensor]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import inspect
 import math
+import mmap
+import os
 from collections.abc import Iterator
 from functools import cache
 from typing import Any
@@ -25,6 +28,8 @@ from peftkern import (
     reference,
     use_backend,
 )
+from peftkern.backends import cpu
+from peftkern.dispatch import find
 from peftkern.formats import BLOCKSIZES, CODES, code_table, double_quantize
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -170,6 +175,50 @@ def test_nested_statistics_of_equal_blocks() -> None:
         assert torch.equal(ours, codes)
         assert torch.equal(bits(nested.absmax), bits(state.absmax))
         assert torch.equal(nested.offset, absmax.mean())
+
+
+def folded(dtype: torch.dtype, head: int, tail: int) -> Tensor:
+    """[head + tail] of dtype whose head is one 64 MiB piece of memory, mapped over and over."""
+    size, piece = dtype.itemsize, 1 << 26
+    assert head * size % piece == 0
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_int64]
+    shared, fixed = mmap.MAP_SHARED, 0x10
+    descriptor = os.memfd_create("folded")
+    os.ftruncate(descriptor, 2 * piece)
+    assert tail * size <= piece
+    start = libc.mmap(None, head * size + piece, mmap.PROT_READ | mmap.PROT_WRITE, shared, descriptor, 0)
+    for offset in range(0, head * size + piece, piece):
+        place = piece if offset == head * size else 0
+        assert start + offset == libc.mmap(
+            start + offset, piece, mmap.PROT_READ | mmap.PROT_WRITE, shared | fixed, descriptor, place
+        )
+    os.close(descriptor)  # the mapping lives on: address space alone, until the process ends
+    raw = (ctypes.c_uint8 * ((head + tail) * size)).from_address(start)
+    return torch.frombuffer(raw, dtype=dtype)
+
+
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="needs memfd_create (Linux)")
+def test_beyond_2_to_the_32_weights() -> None:
+    """An index that wraps at 31 or 32 bits would miss the tail. The head is 2^32 zeros, folded."""
+    if cpu.missing() is not None:
+        pytest.skip(f"minutes in plain PyTorch: {cpu.missing()}")
+    head, tail = 1 << 32, 5 * 1024
+    end = torch.randn(5, 1024, dtype=torch.bfloat16)
+    dense, packed = folded(torch.bfloat16, head, tail), folded(torch.uint8, head // 2, tail // 2)
+    dense[head:] = end.view(-1)
+    absmax = torch.full((-(-(head + tail) // 4096),), math.nan)
+    find("quantize", dense.device, dense.dtype)(dense, packed, absmax, "nf4", 4096)
+    expected = quantize_4bit(end, "nf4", 4096)
+    assert torch.equal(packed[head // 2 :], expected.packed)
+    assert torch.equal(absmax[head // 4096 :], expected.absmax)
+    assert torch.count_nonzero(absmax[: head // 4096]) == 0
+    dense[head:] = 0
+    args = (packed, absmax, None, "nf4", 4096, (head + tail) // 1024, 1024)
+    find("dequantize", dense.device, dense.dtype)(dense.view(-1, 1024), args)
+    assert torch.equal(dense[head:].view(5, 1024), dequantize_4bit(expected))
+    assert torch.count_nonzero(dense[: 1 << 20]) == 0
 
 
 def test_thread_count_does_not_change_the_bytes(one_thread: None, isa: str) -> None:
