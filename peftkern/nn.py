@@ -127,7 +127,7 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Compute with W + ΔW from now on. The unmerged W is kept for `unmerge`. A merged module stays as it is."""
+        """Compute with W + ΔW from now on; the unmerged W is kept for `unmerge`."""
         if self._unmerged is None:
             before = self.weight
             self._set_weight(merge(before, self.delta()))
@@ -220,8 +220,8 @@ class LoRALinear(nn.Module):
             kind = f"{weight.quant_type}, blocksize={weight.blocksize}"
             kind += ", double_quant=True" if weight.nested is not None else ""
         return (
-            f"in_features={self.in_features}, out_features={self.out_features}, r={self.r}, alpha={self.alpha:g}, "
-            f"dropout={self.dropout:g}, bias={self.bias is not None}, weight={kind}"
+            f"in_features={self.in_features}, out_features={self.out_features}, r={self.r}, "
+            f"alpha={self.alpha:g}, dropout={self.dropout:g}, bias={self.bias is not None}, weight={kind}"
             + (", merged" if self.merged else "")
         )
 

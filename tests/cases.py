@@ -62,7 +62,7 @@ def cases(dense: bool) -> st.SearchStrategy[Case]:
 
 
 def laid_out(tensor: Tensor, layout: str) -> Tensor:
-    """A tensor of these values (of its first row's for "expanded") with other strides and a storage offset."""
+    """A tensor of these values (of its first row's for "expanded") with other strides and offset."""
     M, K = tensor.shape
     if layout == "transposed":
         return tensor.t().contiguous().t()
@@ -81,8 +81,8 @@ def laid_out(tensor: Tensor, layout: str) -> Tensor:
 class Operands:
     x: Tensor
     weight: Tensor | QuantizedWeight
-    lora_A: Tensor
-    lora_B: Tensor
+    lora_A: Tensor  # noqa: N815
+    lora_B: Tensor  # noqa: N815
     bias: Tensor | None
     grad: Tensor  # dY, [M, N]
 

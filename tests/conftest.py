@@ -1,4 +1,4 @@
-"""Fixtures: every test runs seeded, on poisoned memory; `isa` and `backend` run it once for each one there is."""
+"""Every test runs seeded, on poisoned memory; `isa` and `backend` run it once for each one there is."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from peftkern.backends import cpu
 
 ISAS: list[str] = [] if cpu.missing() is not None else cpu._cpu.isa_levels()
 
-# derandomized: the same examples on every run, so that a failure stays one; the isa fixture holds over examples
+# derandomized: the same examples on every run, so that a failure stays one; isa holds over all examples
 settings.register_profile(
     "peftkern", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )

@@ -1,4 +1,4 @@
-"""Tensors whose memory ends, or begins, at a page that must not be touched: an access past it is a SIGSEGV."""
+"""Tensors whose memory ends, or begins, at a forbidden page: an access past it is a SIGSEGV."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _protect(address: int) -> None:
 
 
 def guarded(tensor: Tensor, at: str) -> Tensor:
-    """A contiguous copy that touches a forbidden page: behind its last byte (at="end") or before its first ("start")."""
+    """A contiguous copy with a forbidden page behind its last byte ("end") or before its first ("start")."""
     nbytes = tensor.numel() * tensor.element_size()
     if nbytes == 0:
         return tensor.clone()

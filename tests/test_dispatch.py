@@ -138,7 +138,7 @@ def test_explain_knows_every_op() -> None:
         assert [choice.call.primitive for choice in told.choices] == primitives
         assert str(told).startswith(told.op)
     with pytest.raises(
-        ValueError, match="op: expected one of dequantize_4bit, linear_4bit, .*, got 'softmax'"
+        ValueError, match=r"op: expected one of dequantize_4bit, linear_4bit, .*, got 'softmax'"
     ):
         explain("softmax", x)
 
@@ -168,7 +168,7 @@ def test_missing_extension_warns_once_and_is_explained(monkeypatch: pytest.Monke
     call = Call("matmul", CPU, torch.float32)
     assert unavailable(cpu.BACKEND, call) == cpu.missing()
     with pytest.warns(
-        RuntimeWarning, match="slow reference backend: the extension peftkern._cpu is not available"
+        RuntimeWarning, match=r"slow reference backend: the extension peftkern\._cpu is not available"
     ):
         assert dispatch.find(*call) is reference.matmul
     with use_backend("cpu"), pytest.raises(RuntimeError, match=r"cpu: the extension"):
@@ -197,8 +197,12 @@ def test_use_isa_restores() -> None:
 def test_environment_forces_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     run = subprocess.run(
         [sys.executable, "-c", "import peftkern; print(peftkern.dispatch.forced_backend())"],
-        capture_output=True, text=True, timeout=120, cwd=ROOT, env={**os.environ, "PEFTKERN_BACKEND": "reference"},
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=ROOT,
+        env={**os.environ, "PEFTKERN_BACKEND": "reference"},
+    )
     assert run.stdout.strip() == "reference", run.stderr
     monkeypatch.setenv("PEFTKERN_BACKEND", "")
     assert dispatch._from_environment() is None

@@ -135,7 +135,7 @@ def test_no_access_outside_any_buffer(M: int, transposed: bool, at: str, isa: st
 
 
 def test_misaligned_bytes(isa: str) -> None:
-    """safetensors hands out pointers at any address (39 mod 64 was seen): same bits as from an aligned copy."""
+    """safetensors hands out any address (39 mod 64 was seen): same bits as from an aligned copy."""
     for dtype in (torch.bfloat16, torch.float32):
         weight = peftkern.quantize_4bit(torch.randn(33, 130), double_quant=True)
         buffer = torch.zeros(weight.packed.numel() + 128, dtype=torch.uint8)

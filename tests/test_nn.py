@@ -81,7 +81,7 @@ def test_dropout_in_training_only() -> None:
 @KINDS
 @pytest.mark.parametrize("assign", [False, True])
 def test_state_dict_round_trip(kind: str, assign: bool) -> None:
-    """Through a file, into a module of other weights: the same outputs, bit for bit, and memory of its own."""
+    """Through a file, into a module of other weights: the same output bits, and memory of its own."""
     module, other = layer(kind), layer(kind, seed=1)
     file = io.BytesIO()
     torch.save({f"block.{key}": value for key, value in module.state_dict().items()}, file)
@@ -132,7 +132,7 @@ def test_loading_refuses_what_does_not_fit() -> None:
     with pytest.raises(RuntimeError, match="Unexpected key"):
         layer("nested").load_state_dict({**state, "lora_C": torch.zeros(1)})
     broken = {**state, "weight.absmax": state["weight.absmax"][:-1]}
-    with pytest.raises(RuntimeError, match="weight.absmax: expected shape"):
+    with pytest.raises(RuntimeError, match=r"weight\.absmax: expected shape"):
         layer("nested").load_state_dict(broken)
     wide = peftkern.quantize_4bit(torch.randn(N, 2 * K), double_quant=True)
     other = LoRALinear.from_quantized(wide, torch.randn(N), r=R)
@@ -198,7 +198,7 @@ def test_copies(merged: bool, duplicate: Callable[[LoRALinear], LoRALinear], kin
 
 @KINDS
 def test_merge_and_unmerge(kind: str) -> None:
-    """Merged, the base alone gives the adapted product (4-bit: after a fresh quantization); unmerge is exact."""
+    """Merged, the base alone gives the adapted product (4-bit: quantized afresh); unmerge is exact."""
     module = layer(kind)
     x = torch.randn(5, K)
     before, state = module(x), module.state_dict()
@@ -289,11 +289,11 @@ def test_draws_a_weight() -> None:
     (lambda: LoRALinear(K, N, r=-1), ValueError, "r: expected at least 1, got -1"),
     (lambda: LoRALinear(K, N, alpha=torch.nan), ValueError, "scaling: expected a finite number"),
     (lambda: LoRALinear(K, N, dropout=1.5), ValueError, "dropout: expected a probability"),
-    (lambda: LoRALinear(K, N, weight=torch.zeros(K, N)), ValueError, r"weight: expected shape \[40, 96\], got \[96, 40\]"),
-    (lambda: LoRALinear(K, N, weight=[1]), TypeError, "weight: expected a tensor or a QuantizedWeight, got list"),
+    (lambda: LoRALinear(K, N, weight=torch.zeros(K, N)), ValueError, "weight: expected shape .* got"),
+    (lambda: LoRALinear(K, N, weight=[1]), TypeError, "weight: expected a tensor or a Quantized.* got list"),
     (lambda: LoRALinear(K, N, bias=torch.zeros(K)), ValueError, r"bias: expected shape \[40\], got \[96\]"),
-    (lambda: LoRALinear.from_linear(nn.Conv2d(1, 1, 1)), TypeError, "linear: expected a torch.nn.Linear, got Conv2d"),
-    (lambda: LoRALinear.from_quantized(torch.zeros(N, K)), TypeError, "weight: expected a QuantizedWeight, got Tensor"),
+    (lambda: LoRALinear.from_linear(nn.Conv2d(1, 1, 1)), TypeError, "linear: expected .* got Conv2d"),
+    (lambda: LoRALinear.from_quantized(torch.zeros(N, K)), TypeError, "weight: expected .* got Tensor"),
 ])  # fmt: skip
 def test_bad_arguments(build: Callable[[], object], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):

@@ -83,7 +83,7 @@ def is_direct(first: Tensor, *others: Tensor | None) -> bool:
         or torch._C._len_torch_dispatch_stack()
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
-        or torch._C._dispatch_tls_is_dispatch_key_included(_VMAP_MODE)  # torch.autograd.grad(is_grads_batched=True)
+        or torch._C._dispatch_tls_is_dispatch_key_included(_VMAP_MODE)  # autograd.grad(is_grads_batched=True)
         or torch._C._get_tracing_state() is not None  # torch.jit.trace
     ):
         return False
@@ -97,7 +97,7 @@ def is_direct(first: Tensor, *others: Tensor | None) -> bool:
 
 
 def autocast_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """The dtype that F.linear would compute in: autocast's where it is on for the device, else the tensor's."""
+    """The dtype that F.linear would compute in: autocast's where that is on, else the tensor's."""
     kind = device.type
     if kind == "meta":  # has no autocast
         return dtype
@@ -175,7 +175,7 @@ def thin_matmul(
     dtype: torch.dtype | None = None,
     columns_first: bool = False,
 ) -> Tensor:
-    """alpha x Wᵀ, or alpha x W when transposed, one side being a rank: fp32 sums, one rounding to dtype (x's).
+    """alpha x Wᵀ, or alpha x W when transposed, one side a rank: fp32 sums, one rounding to dtype (x's).
 
     columns_first gives the transpose of the product, contiguous: [outputs, rows].
     """
@@ -277,9 +277,10 @@ def _tangent(tensor: Tensor) -> bool:
 
 
 def _undifferentiable(name: str) -> Any:
-    """The library op as autograd sees it. The public Functions are its derivative; its own is an error, never zero."""
+    """The library op as autograd sees it: only the Functions have a derivative, here it is an error."""
     op = getattr(_OPS, name).default
-    message = f"peftkern::{name} has no derivative of its own: double backward and forward mode are not implemented"
+    missing = "double backward and forward mode are not implemented"
+    message = f"peftkern::{name} has no derivative of its own: {missing}"
 
     def kernel(keys: torch._C.DispatchKeySet, *args: Any) -> Any:
         tensors = [arg for arg in args if isinstance(arg, Tensor)]
@@ -320,8 +321,8 @@ register(
     _matmul_dense_fake,
 )
 register(
-    "matmul_thin(Tensor x, Tensor weight, bool transposed, float alpha, ScalarType dtype, bool columns_first) "
-    "-> Tensor",
+    "matmul_thin(Tensor x, Tensor weight, bool transposed, float alpha, ScalarType dtype, "
+    "bool columns_first) -> Tensor",
     _matmul_thin,
     _matmul_thin_fake,
 )

@@ -108,7 +108,7 @@ def _backward(ctx: Any, traced: bool, grad: Tensor) -> tuple[Any, ...]:
 
 
 class _LoraLinear(torch.autograd.Function):
-    """Direct. inputs: x, A, B, bias, dense W, seed, packed, absmax, absmax2, code, offset, spec, scaling, p."""
+    """Direct. x, A, B, bias, dense W, seed, packed, absmax, absmax2, code, offset, spec, scaling, p."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
