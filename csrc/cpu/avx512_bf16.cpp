@@ -11,7 +11,7 @@ struct Bf16Kernel : Bf16Panels {
   static constexpr int kLanes = 16;
   static constexpr int kAccumulators = 24;
   static constexpr int kMaxVectors = 4;
-  static constexpr int kDepth = 256;
+  static constexpr int kDepth = 320;
   static constexpr int kPanelRows = 48;
   static constexpr int kPanelColumns = 128;
   static constexpr int kMaxRows = 384;

@@ -33,6 +33,7 @@ struct Segment {
   bool reordered;   // the panel is in K's own order, see K::kGroup
   int64_t length;
   int64_t padded;
+  int64_t depth;    // of a chunk: at most K::kDepth, as even as may be
 };
 
 template <class K>
@@ -49,9 +50,9 @@ class Matmul {
     const bool reordered = four_bit && K::reorders(p);
     const int64_t align = p.transposed ? K::kAlignTransposed : (reordered ? K::kGroup : K::kAlignPlain);
     const Matrix dense = p.transposed ? transposed(p.dense) : p.dense;
-    segments[0] = {p.x, dense, four_bit, reordered, p.inner, round_up(p.inner, align)};
+    segments[0] = segment(p.x, dense, four_bit, reordered, p.inner, align);
     const int64_t align_u = p.transposed ? K::kAlignTransposed : K::kAlignPlain;
-    segments[1] = {p.t, p.u, false, false, p.rank, round_up(p.rank, align_u)};
+    segments[1] = segment(p.t, p.u, false, false, p.rank, align_u);
     row_split = p.transposed ? K::kRowSplitTransposed : K::kRowSplit;
     // As even as the tiles allow: 512 rows are 288 + 224, not 384 + 128.
     const int64_t blocks = ceil_div(p.rows, K::kMaxRows);
@@ -119,8 +120,15 @@ class Matmul {
     float* scales;
   };
 
+  static Segment segment(const Matrix& x, const Matrix& dense, bool four_bit, bool reordered, int64_t length,
+                         int64_t align) {
+    const int64_t padded = round_up(length, align);
+    const int64_t count = max_of<int64_t>(1, ceil_div(padded, kDepth));
+    return {x, dense, four_bit, reordered, length, padded, min_of<int64_t>(kDepth, round_up(ceil_div(padded, count), 64))};
+  }
   static size_t align64(size_t bytes) { return (bytes + 63) & ~static_cast<size_t>(63); }
-  int64_t chunks() const { return ceil_div(segments[0].padded, kDepth) + ceil_div(segments[1].padded, kDepth); }
+  static int64_t chunks(const Segment& s) { return s.padded ? ceil_div(s.padded, s.depth) : 0; }
+  int64_t chunks() const { return chunks(segments[0]) + chunks(segments[1]); }
   // Blocks that a row of W touches, when absmax must be decoded first.
   int64_t scales_per_row() const {
     return p.weight4.packed && p.weight4.absmax.codes ? (p.inner >> p.weight4.log2_blocksize) + 2 : 0;
@@ -159,8 +167,8 @@ class Matmul {
     Elem* chunk = x_packed;
     (void)rows;
     for (const Segment& s : segments) {
-      for (int64_t c = 0; c < s.padded; c += kDepth, chunk += block_rows * kRowStride) {
-        const int64_t depth = min_of<int64_t>(kDepth, s.padded - c);
+      for (int64_t c = 0; c < s.padded; c += s.depth, chunk += block_rows * kRowStride) {
+        const int64_t depth = min_of(s.depth, s.padded - c);
         const int64_t n = max_of<int64_t>(0, min_of(depth, s.length - c));
         for (int64_t m = begin; m < end; ++m) {
           Elem* row = chunk + m * kRowStride;
@@ -187,8 +195,8 @@ class Matmul {
     bool empty = true;
     const Elem* b = x_packed + begin * kPair;
     for (const Segment& s : segments) {
-      for (int64_t c = 0; c < s.padded; c += kDepth) {
-        const int64_t depth = min_of<int64_t>(kDepth, s.padded - c);
+      for (int64_t c = 0; c < s.padded; c += s.depth) {
+        const int64_t depth = min_of(s.depth, s.padded - c);
         const int64_t n = max_of<int64_t>(0, min_of(depth, s.length - c));
         for (int64_t o = 0; o < outputs; ++o) {
           Elem* row = w.panel + o * kRowStride;
@@ -230,8 +238,8 @@ class Matmul {
     bool empty = true;
     const Elem* a = x_packed + begin * kRowStride;
     for (const Segment& s : segments) {
-      for (int64_t c = 0; c < s.padded; c += kDepth) {
-        const int64_t depth = min_of<int64_t>(kDepth, s.padded - c);
+      for (int64_t c = 0; c < s.padded; c += s.depth) {
+        const int64_t depth = min_of(s.depth, s.padded - c);
         const int64_t n = max_of<int64_t>(0, min_of(depth, s.length - c));
         if (s.reordered) {
           K::decode_pairs(p.weight4, c, n, depth, p.outputs, o0, outputs, w.panel);

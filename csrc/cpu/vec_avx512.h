@@ -26,7 +26,10 @@ inline float reduce_add(Vec a) { return _mm512_reduce_add_ps(a.v); }
 inline __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
 
 inline __m512 widen_bf16(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
-// Integer rounding, not VCVTNEPS2BF16: that one flushes subnormals.
+#if defined(__AVX512BF16__)
+// Flushes subnormals, as the products of these levels do.
+inline __m256i narrow_bf16(__m512 x) { return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x)); }
+#else
 inline __m256i narrow_bf16(__m512 x) {
   const __m512i u = _mm512_castps_si512(x);
   const __m512i lsb = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
@@ -34,6 +37,7 @@ inline __m256i narrow_bf16(__m512 x) {
   const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
   return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(r, nan, _mm512_set1_epi32(0x7fc0)));
 }
+#endif
 inline __m256i narrow_f16(__m512 x) { return _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 
 inline Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
