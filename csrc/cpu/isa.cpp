@@ -19,15 +19,23 @@ uint64_t xcr0() {
   return static_cast<uint64_t>(high) << 32 | low;
 }
 
-// Linux keeps the 8 KB of tile state from a process until it asks. The answer holds for all of its threads.
-bool amx_permission() {
+// The tile registers: there, enabled, and granted. Linux keeps their 8 KB of state from a process until it
+// asks; the answer holds for all of its threads.
+bool tiles_usable(bool has_tiles, uint64_t state) {
+#if defined(PEFTKERN_EMULATE_AMX)
+  (void)has_tiles, (void)state;
+  return true;
+#else
+  constexpr uint64_t kTileState = 0x60000;
   constexpr long kReqXcompPerm = 0x1023;  // ARCH_REQ_XCOMP_PERM
   constexpr long kXTileData = 18;
-  return syscall(SYS_arch_prctl, kReqXcompPerm, kXTileData) == 0;
+  return has_tiles && (state & kTileState) == kTileState &&
+         syscall(SYS_arch_prctl, kReqXcompPerm, kXTileData) == 0;
+#endif
 }
 
 Isa detect() {
-  constexpr uint64_t kYmmState = 0x6, kZmmState = 0xe6, kTileState = 0x60000;
+  constexpr uint64_t kYmmState = 0x6, kZmmState = 0xe6;
   const auto has = [](uint32_t word, int bit) { return (word >> bit & 1u) != 0; };
   uint32_t a, b, c, d;
   if (!__get_cpuid(1, &a, &b, &c, &d)) return Isa::scalar;
@@ -40,13 +48,8 @@ Isa detect() {
   const bool avx512 = has(ebx, 16) && has(ebx, 17) && has(ebx, 30) && has(ebx, 31);  // F, DQ, BW, VL
   if (!avx512 || (state & kZmmState) != kZmmState) return Isa::avx2;
   if (subleaves < 1 || !__get_cpuid_count(7, 1, &a, &b, &c, &d) || !has(a, 5)) return Isa::avx512;
-#if defined(PEFTKERN_EMULATE_AMX)
-  return Isa::amx;
-#else
-  const bool amx = has(edx, 24) && has(edx, 22);  // AMX-TILE, AMX-BF16
-  if (!amx || (state & kTileState) != kTileState || !amx_permission()) return Isa::avx512_bf16;
-  return Isa::amx;
-#endif
+  const bool has_tiles = has(edx, 24) && has(edx, 22);  // AMX-TILE, AMX-BF16
+  return tiles_usable(has_tiles, state) ? Isa::amx : Isa::avx512_bf16;
 }
 
 #else
