@@ -27,8 +27,9 @@ inline constexpr float kNf4[16] = {
     1.0f,
 };
 
-// FP4 (e2m1 with a subnormal at 1/192): bit 3 is the sign, the magnitudes are {0, 1/16, 8, 12, 4, 6, 2, 3} / 12.
-// Nibble 8 is +0, as in bitsandbytes' table: its quantizer gives that nibble to the smallest positive weights.
+// FP4 (e2m1 with a subnormal at 1/192): bit 3 is the sign, the magnitudes are {0, 1/16, 8, 12, 4, 6, 2, 3}
+// / 12. Nibble 8 is +0, as in bitsandbytes' table: its quantizer gives that nibble to the smallest positive
+// weights.
 inline constexpr float kFp4[16] = {
     0.0f,
     0.0052083334885537624f,
@@ -48,9 +49,7 @@ inline constexpr float kFp4[16] = {
     -0.25f,
 };
 
-constexpr const float* code_table(QuantType quant_type) {
-  return quant_type == QuantType::nf4 ? kNf4 : kFp4;
-}
+constexpr const float* code_table(QuantType quant_type) { return quant_type == QuantType::nf4 ? kNf4 : kFp4; }
 
 // Weight i of the flat index.
 constexpr unsigned nibble(const uint8_t* packed, int64_t i) {

@@ -20,9 +20,9 @@ struct Matrix {
 // Plain:   absmax[i] = values[i]
 // Nested:  absmax[i] = code[codes[i]] * absmax2[i >> log2_blocksize2] + offset
 struct Absmax {
-  const float* values = nullptr;    // plain, or nullptr
-  const uint8_t* codes = nullptr;   // nested, or nullptr
-  const float* code = nullptr;      // [256]
+  const float* values = nullptr;   // plain, or nullptr
+  const uint8_t* codes = nullptr;  // nested, or nullptr
+  const float* code = nullptr;     // [256]
   const float* absmax2 = nullptr;
   float offset = 0.0f;
   int log2_blocksize2 = 0;
@@ -63,22 +63,22 @@ struct QuantizeParams {
 //   plain:       w(o, c) = W[o, c], W is [outputs, inner]     forward
 //   transposed:  w(o, c) = W[c, o], W is [inner, outputs]     dX, and the adapters' gradients
 //
-// W is weight4 when weight4.packed is set, else dense (any strides). u and every other matrix may have any strides;
-// dtypes mix freely: all but out is brought to the kernel's compute type, which follows x.dtype.
+// W is weight4 when weight4.packed is set, else dense (any strides). u and every other matrix may have any
+// strides; dtypes mix freely: all but out is brought to the kernel's compute type, which follows x.dtype.
 struct MatmulParams {
   int64_t rows = 0;
   int64_t inner = 0;
   int64_t outputs = 0;
   int64_t rank = 0;
-  Matrix x;      // [rows, inner]
+  Matrix x;  // [rows, inner]
   Weight4 weight4;
   Matrix dense;  // as W above
   bool transposed = false;
-  Matrix t;      // [rows, rank]
-  Matrix u;      // [outputs, rank]
-  Matrix bias;   // [outputs], stride1
+  Matrix t;     // [rows, rank]
+  Matrix u;     // [outputs, rank]
+  Matrix bias;  // [outputs], stride1
   float alpha = 1.0f;
-  Matrix out;    // [rows, outputs], never aliases an input
+  Matrix out;  // [rows, outputs], never aliases an input
   int threads = 1;
 };
 
@@ -93,7 +93,8 @@ struct DropoutParams {
   int threads = 1;
 };
 
-// What a benchmark compares with: reads `bytes` of data once and does `iterations` rounds of products in registers.
+// What a benchmark compares with: reads `bytes` of data once and does `iterations` rounds of products in
+// registers.
 struct ProbeParams {
   const void* data = nullptr;
   int64_t bytes = 0;

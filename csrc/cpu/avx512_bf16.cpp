@@ -21,8 +21,8 @@ struct Bf16Kernel : Bf16Panels {
   static constexpr int kAlignTransposed = 2;
   static constexpr double kSerialWork = 1 << 18;
 
-  static void decode_pairs(const Weight4& w, int64_t row0, int64_t n, int64_t depth, int64_t width, int64_t o0,
-                           int64_t outputs, Bf16* panel) {
+  static void decode_pairs(const Weight4& w, int64_t row0, int64_t n, int64_t depth, int64_t width,
+                           int64_t o0, int64_t outputs, Bf16* panel) {
     Bf16Panels::decode_pairs<kPanelColumns>(w, row0, n, depth, width, o0, outputs, panel);
   }
 
@@ -53,8 +53,8 @@ struct Bf16Kernel : Bf16Panels {
       for (int v = 0; v < V; ++v) _mm512_storeu_ps(c + r * c_stride + v * kLanes, sum[r][v]);
   }
 
-  static void multiply(int64_t rows, int64_t vectors, int64_t pairs, const Bf16* a, int64_t a_stride, const Bf16* b,
-                       int64_t b_stride, float* c, int64_t c_stride, bool empty) {
+  static void multiply(int64_t rows, int64_t vectors, int64_t pairs, const Bf16* a, int64_t a_stride,
+                       const Bf16* b, int64_t b_stride, float* c, int64_t c_stride, bool empty) {
     multiply_tiles<Bf16Kernel>(rows, vectors, pairs, a, a_stride, b, b_stride, c, c_stride, empty);
   }
 };

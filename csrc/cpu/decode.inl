@@ -54,7 +54,8 @@ inline const float* absmax_range(const Absmax& a, int64_t first, int64_t n, floa
 
 inline void prefetch_bytes(const void* base, int64_t offset, int64_t bytes) {
   const uintptr_t at = reinterpret_cast<uintptr_t>(base) + static_cast<uintptr_t>(offset);
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(reinterpret_cast<const void*>(at + static_cast<uintptr_t>(i)), 0, 2);
+  for (int64_t i = 0; i < bytes; i += 64)
+    __builtin_prefetch(reinterpret_cast<const void*>(at + static_cast<uintptr_t>(i)), 0, 2);
 }
 
 // The absmax of n weights from flat index start on, wherever that is: a prefetch past the end is no access.
@@ -112,9 +113,12 @@ template <class D>
 inline void read_row(const Matrix& a, int64_t i, int64_t j0, int64_t n, D* dst) {
   const int64_t at = i * a.stride0 + j0 * a.stride1;
   switch (a.dtype) {
-    case DType::f32: return convert_row(static_cast<const float*>(a.data) + at, a.stride1, n, dst);
-    case DType::bf16: return convert_row(static_cast<const Bf16*>(a.data) + at, a.stride1, n, dst);
-    case DType::f16: return convert_row(static_cast<const F16*>(a.data) + at, a.stride1, n, dst);
+    case DType::f32:
+      return convert_row(static_cast<const float*>(a.data) + at, a.stride1, n, dst);
+    case DType::bf16:
+      return convert_row(static_cast<const Bf16*>(a.data) + at, a.stride1, n, dst);
+    case DType::f16:
+      return convert_row(static_cast<const F16*>(a.data) + at, a.stride1, n, dst);
   }
 }
 
@@ -133,9 +137,12 @@ inline void write_row(T* dst, int64_t stride, const float* src, int64_t n) {
 inline void write_row(const Matrix& a, int64_t i, int64_t j0, const float* src, int64_t n) {
   const int64_t at = i * a.stride0 + j0 * a.stride1;
   switch (a.dtype) {
-    case DType::f32: return write_row(static_cast<float*>(a.data) + at, a.stride1, src, n);
-    case DType::bf16: return write_row(static_cast<Bf16*>(a.data) + at, a.stride1, src, n);
-    case DType::f16: return write_row(static_cast<F16*>(a.data) + at, a.stride1, src, n);
+    case DType::f32:
+      return write_row(static_cast<float*>(a.data) + at, a.stride1, src, n);
+    case DType::bf16:
+      return write_row(static_cast<Bf16*>(a.data) + at, a.stride1, src, n);
+    case DType::f16:
+      return write_row(static_cast<F16*>(a.data) + at, a.stride1, src, n);
   }
 }
 

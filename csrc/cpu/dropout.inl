@@ -1,7 +1,8 @@
 // out[m, k] = x[m, k] where hash(seed, m K + k) < threshold, else 0.
 //
-// The hash is the one that reference.dropout_mask states; it depends on the seed and the row-major index alone. About
-// 25 integer operations for an element, vectorised by the compiler: the memory's pace from AVX2 on.
+// The hash is the one that reference.dropout_mask states; it depends on the seed and the row-major index
+// alone. About 25 integer operations for an element, vectorised by the compiler: the memory's pace from AVX2
+// on.
 #pragma once
 
 #include "cpu/decode.inl"
@@ -33,7 +34,8 @@ inline void dropout_run(const T* x, int64_t stride, int64_t n, uint32_t index, u
 
 template <class T>
 void dropout(const DropoutParams& p) {
-  const uint32_t k0 = mix(static_cast<uint32_t>(p.seed) + mix(static_cast<uint32_t>(p.seed >> 32) + 0x9E3779B9u));
+  const uint32_t k0 =
+      mix(static_cast<uint32_t>(p.seed) + mix(static_cast<uint32_t>(p.seed >> 32) + 0x9E3779B9u));
   const bool keep_all = p.threshold > 0xFFFFFFFFu;
   const uint32_t threshold = static_cast<uint32_t>(p.threshold);
   const int threads = p.rows * p.columns < (1 << 15) ? 1 : p.threads;
@@ -50,7 +52,8 @@ void dropout(const DropoutParams& p) {
       if (keep_all) {
         for (int64_t i = 0; i < n; ++i) out[k + i] = x[(k + i) * p.x.stride1];
       } else {
-        dropout_run(x + k * p.x.stride1, p.x.stride1, n, static_cast<uint32_t>(index), k0, k1, threshold, out + k);
+        dropout_run(x + k * p.x.stride1, p.x.stride1, n, static_cast<uint32_t>(index), k0, k1, threshold,
+                    out + k);
       }
       k += n;
     }

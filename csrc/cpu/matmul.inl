@@ -6,15 +6,16 @@
 // and the two directions only choose which side the weight stands on:
 //     plain        A = rows o of W,  B = x packed once per call,  C = outᵀ      the decoded W stays row-major
 //     transposed   A = rows m of x,  B = W's rows c in pairs,     C = out
-// The addend is a last chunk of the contraction (x continues with t, W with u), so it costs rank / inner and no pass
-// over out. W is decoded one panel at a time into a buffer that fits the L2 cache and serves every row of x; nothing
-// of it outlives the call.
+// The addend is a last chunk of the contraction (x continues with t, W with u), so it costs rank / inner and
+// no pass over out. W is decoded one panel at a time into a buffer that fits the L2 cache and serves every
+// row of x; nothing of it outlives the call.
 //
 // A contraction is never split between threads and its order is a function of the shape alone: the same bits
 // whatever the number of threads. Rows of x meet only as lanes, never in a sum.
 //
-//   floor      2 * rows * inner * outputs flops at the peak of the multiply, or inner * outputs / 2 bytes of memory
-//   overhead   decode ≈ 9 cycles per 128 weights per block of kMaxRows rows of x: 2 % of the multiply at 256 rows
+//   floor      2 * rows * inner * outputs flops at the peak of the multiply, or inner * outputs / 2 bytes of
+//   memory overhead   decode ≈ 9 cycles per 128 weights per block of kMaxRows rows of x: 2 % of the multiply
+//   at 256 rows
 #pragma once
 
 #include <cstddef>
@@ -27,13 +28,13 @@ namespace {
 
 // Where a panel's values come from: the base weight, then the addend's u.
 struct Segment {
-  Matrix x;         // x or t
-  Matrix dense;     // [outputs, length] as w(o, c): dense W or u; unused when four_bit
+  Matrix x;      // x or t
+  Matrix dense;  // [outputs, length] as w(o, c): dense W or u; unused when four_bit
   bool four_bit;
-  bool reordered;   // the panel is in K's own order, see K::kGroup
+  bool reordered;  // the panel is in K's own order, see K::kGroup
   int64_t length;
   int64_t padded;
-  int64_t depth;    // of a chunk: at most K::kDepth, as even as may be
+  int64_t depth;  // of a chunk: at most K::kDepth, as even as may be
 };
 
 template <class K>
@@ -41,11 +42,13 @@ class Matmul {
   using Elem = typename K::Elem;
   static constexpr int kPair = K::kPair;
   static constexpr int kLanes = K::kLanes;
-  static constexpr int kDepth = K::kDepth;            // contraction per chunk
-  static constexpr int kRowStride = kDepth + 64 / static_cast<int>(sizeof(Elem));  // A's rows: no two on one cache set
+  static constexpr int kDepth = K::kDepth;  // contraction per chunk
+  static constexpr int kRowStride =
+      kDepth + 64 / static_cast<int>(sizeof(Elem));  // A's rows: no two on one cache set
 
  public:
-  explicit Matmul(const MatmulParams& params) : p(params), table(code_registers(code_table(p.weight4.quant_type))) {
+  explicit Matmul(const MatmulParams& params)
+      : p(params), table(code_registers(code_table(p.weight4.quant_type))) {
     const bool four_bit = p.weight4.packed != nullptr;
     const bool reordered = four_bit && K::reorders(p);
     const int64_t align = p.transposed ? K::kAlignTransposed : (reordered ? K::kGroup : K::kAlignPlain);
@@ -63,8 +66,8 @@ class Matmul {
 
   void run() {
     const int64_t panels = ceil_div(p.outputs, panel_outputs);
-    const double work = static_cast<double>(p.rows) * static_cast<double>(p.outputs) *
-                        static_cast<double>(p.inner + p.rank);
+    const double work =
+        static_cast<double>(p.rows) * static_cast<double>(p.outputs) * static_cast<double>(p.inner + p.rank);
     const int threads = work < K::kSerialWork ? 1 : p.threads;
     // Few outputs: the rows of x are what there is to share out.
     const int64_t row_groups = ceil_div(block_rows, row_split);
@@ -73,8 +76,9 @@ class Matmul {
     const int64_t x_elems = p.transposed ? chunks() * block_rows * kRowStride
                                          : (segments[0].padded + segments[1].padded) * block_pad;
     const size_t x_bytes = align64(static_cast<size_t>(x_elems) * sizeof(Elem));
-    const size_t panel_bytes = align64(static_cast<size_t>(p.transposed ? kDepth * K::kPanelColumns
-                                                                        : K::kPanelRows * kRowStride) * sizeof(Elem));
+    const size_t panel_bytes =
+        align64(static_cast<size_t>(p.transposed ? kDepth * K::kPanelColumns : K::kPanelRows * kRowStride) *
+                sizeof(Elem));
     const int64_t c_floats = p.transposed ? block_rows * K::kPanelColumns : K::kPanelRows * block_pad;
     const size_t c_bytes = align64(static_cast<size_t>(c_floats) * sizeof(float));
     const int64_t scale_floats = scales_per_row() * (p.transposed ? 0 : K::kPanelRows);
@@ -106,8 +110,9 @@ class Matmul {
           const int64_t end = min_of(groups * (split + 1) / row_splits * row_split, rows);
           const int64_t o0 = panel * panel_outputs;
           const int64_t outputs = min_of(panel_outputs, p.outputs - o0);
-          if (begin < end) p.transposed ? panel_transposed(w, m0, begin, end, o0, outputs)
-                                        : panel_plain(w, m0, begin, end, o0, outputs);
+          if (begin < end)
+            p.transposed ? panel_transposed(w, m0, begin, end, o0, outputs)
+                         : panel_plain(w, m0, begin, end, o0, outputs);
         }
       }
     }
@@ -124,7 +129,13 @@ class Matmul {
                          int64_t align) {
     const int64_t padded = round_up(length, align);
     const int64_t count = max_of<int64_t>(1, ceil_div(padded, kDepth));
-    return {x, dense, four_bit, reordered, length, padded, min_of<int64_t>(kDepth, round_up(ceil_div(padded, count), 64))};
+    return {x,
+            dense,
+            four_bit,
+            reordered,
+            length,
+            padded,
+            min_of<int64_t>(kDepth, round_up(ceil_div(padded, count), 64))};
   }
   static size_t align64(size_t bytes) { return (bytes + 63) & ~static_cast<size_t>(63); }
   static int64_t chunks(const Segment& s) { return s.padded ? ceil_div(s.padded, s.depth) : 0; }
@@ -202,8 +213,10 @@ class Matmul {
           Elem* row = w.panel + o * kRowStride;
           if (K::kGroup > 1 && s.reordered) {
             const int64_t start = (o0 + o) * p.inner + c;
-            // the same row's next chunk, or the next panel's first: rows are too far apart for the hardware to guess
-            K::prefetch(p.weight4, c + depth < s.padded ? start + depth : start - c + panel_outputs * p.inner);
+            // the same row's next chunk, or the next panel's first: rows are too far apart for the hardware
+            // to guess
+            K::prefetch(p.weight4,
+                        c + depth < s.padded ? start + depth : start - c + panel_outputs * p.inner);
             K::decode_reordered(p.weight4, start, scales[o], start - c, n, row);
           } else if (s.four_bit) {
             decode_range(p.weight4, table, (o0 + o) * p.inner + c, n, row);
@@ -212,7 +225,8 @@ class Matmul {
           }
           if (n < depth) std::memset(row + n, 0, static_cast<size_t>(depth - n) * sizeof(Elem));
         }
-        K::multiply(outputs, vectors, depth / kPair, w.panel, kRowStride, b, block_pad * kPair, w.c, block_pad, empty);
+        K::multiply(outputs, vectors, depth / kPair, w.panel, kRowStride, b, block_pad * kPair, w.c,
+                    block_pad, empty);
         b += depth * block_pad;
         empty = false;
       }
@@ -270,7 +284,8 @@ class Matmul {
         empty = false;
       }
     }
-    if (empty) std::memset(w.c + begin * kColumns, 0, static_cast<size_t>((end - begin) * kColumns) * sizeof(float));
+    if (empty)
+      std::memset(w.c + begin * kColumns, 0, static_cast<size_t>((end - begin) * kColumns) * sizeof(float));
 
     alignas(64) float bias[kColumns];
     alignas(64) float out[kColumns];
@@ -303,7 +318,8 @@ class Matmul {
   Elem* x_packed = nullptr;
 };
 
-// The register tiles of a kernel type with vector arithmetic: K::tile<R, V> holds R * V <= K::kAccumulators vectors.
+// The register tiles of a kernel type with vector arithmetic: K::tile<R, V> holds R * V <= K::kAccumulators
+// vectors.
 template <class K, int V, int R>
 inline void tile_rows(int64_t rows, int64_t pairs, const typename K::Elem* a, int64_t a_stride,
                       const typename K::Elem* b, int64_t b_stride, float* c, int64_t c_stride, bool empty) {
@@ -317,15 +333,17 @@ inline void tile_rows(int64_t rows, int64_t pairs, const typename K::Elem* a, in
       rows -= R;
     }
     if constexpr (R > 1) {
-      if (rows) tile_rows<K, V, R == 3 ? 2 : R / 2>(rows, pairs, a, a_stride, b, b_stride, c, c_stride, empty);
+      if (rows)
+        tile_rows<K, V, R == 3 ? 2 : R / 2>(rows, pairs, a, a_stride, b, b_stride, c, c_stride, empty);
     }
   }
 }
 
 // Vectors are dealt out evenly: 5 of at most 4 are 3 + 2, not 4 + 1.
 template <class K>
-inline void multiply_tiles(int64_t rows, int64_t vectors, int64_t pairs, const typename K::Elem* a, int64_t a_stride,
-                           const typename K::Elem* b, int64_t b_stride, float* c, int64_t c_stride, bool empty) {
+inline void multiply_tiles(int64_t rows, int64_t vectors, int64_t pairs, const typename K::Elem* a,
+                           int64_t a_stride, const typename K::Elem* b, int64_t b_stride, float* c,
+                           int64_t c_stride, bool empty) {
   constexpr int kMost = K::kAccumulators;  // 24 or 12: 24 = 24x1 = 12x2 = 8x3 = 6x4
   for (int64_t groups = ceil_div(vectors, K::kMaxVectors); groups; --groups) {
     const int64_t n = ceil_div(vectors, groups);

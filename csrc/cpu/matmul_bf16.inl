@@ -1,11 +1,14 @@
-// matmul for bf16 x with bf16 multiplies and fp32 sums (VDPBF16PS or AMX tiles): how the weight gets into registers.
+// matmul for bf16 x with bf16 multiplies and fp32 sums (VDPBF16PS or AMX tiles): how the weight gets into
+// registers.
 //
-// Decoding 128 weights (64 bytes) costs 3 shifts, 4 ternary ands, 4 VPERMW and one 32-entry table. A 16-bit word
-// holds four nibbles; shifting it right by 4, 0, 12, 8 brings weight 0, 1, 2, 3 of the word to the bottom, where
-// VPERMW looks them up. No shuffle puts them back in order: a group of 64 weights (16 words) is kept as
+// Decoding 128 weights (64 bytes) costs 3 shifts, 4 ternary ands, 4 VPERMW and one 32-entry table. A 16-bit
+// word holds four nibbles; shifting it right by 4, 0, 12, 8 brings weight 0, 1, 2, 3 of the word to the
+// bottom, where VPERMW looks them up. No shuffle puts them back in order: a group of 64 weights (16 words) is
+// kept as
 //     panel[16 j + i] = weight 4 i + j          j < 4, i < 16
-// and x is packed in the same order once per call (plain), or the result is put in order at the end (transposed).
-// The table holds bf16(code * absmax) for two blocks of 16 codes: exactly the values that dequantize gives.
+// and x is packed in the same order once per call (plain), or the result is put in order at the end
+// (transposed). The table holds bf16(code * absmax) for two blocks of 16 codes: exactly the values that
+// dequantize gives.
 #pragma once
 
 #include "cpu/matmul.inl"
@@ -15,10 +18,14 @@ namespace {
 
 inline __m512i shift_word(__m512i words, int j) {
   switch (j) {
-    case 0: return _mm512_srli_epi16(words, 4);
-    case 1: return words;
-    case 2: return _mm512_srli_epi16(words, 12);
-    default: return _mm512_srli_epi16(words, 8);
+    case 0:
+      return _mm512_srli_epi16(words, 4);
+    case 1:
+      return words;
+    case 2:
+      return _mm512_srli_epi16(words, 12);
+    default:
+      return _mm512_srli_epi16(words, 8);
   }
 }
 
@@ -49,9 +56,9 @@ struct Bf16Panels {
   // x[16 j + i] = x[4 i + j]
   static void reorder(Bf16* x) {
     alignas(64) static constexpr uint16_t kOrder[64] = {
-        0, 4, 8,  12, 16, 20, 24, 28, 32, 36, 40, 44, 48, 52, 56, 60, 1, 5, 9,  13, 17, 21,
-        25, 29, 33, 37, 41, 45, 49, 53, 57, 61, 2, 6, 10, 14, 18, 22, 26, 30, 34, 38, 42, 46,
-        50, 54, 58, 62, 3, 7, 11, 15, 19, 23, 27, 31, 35, 39, 43, 47, 51, 55, 59, 63};
+        0,  4,  8,  12, 16, 20, 24, 28, 32, 36, 40, 44, 48, 52, 56, 60, 1,  5,  9,  13, 17, 21,
+        25, 29, 33, 37, 41, 45, 49, 53, 57, 61, 2,  6,  10, 14, 18, 22, 26, 30, 34, 38, 42, 46,
+        50, 54, 58, 62, 3,  7,  11, 15, 19, 23, 27, 31, 35, 39, 43, 47, 51, 55, 59, 63};
     const __m512i low = _mm512_loadu_si512(x);
     const __m512i high = _mm512_loadu_si512(x + 32);
     _mm512_storeu_si512(x, _mm512_permutex2var_epi16(low, _mm512_load_si512(kOrder), high));
@@ -94,32 +101,35 @@ struct Bf16Panels {
       const float a0 = absmax[((start + i) >> w.log2_blocksize) - first];
       const float a1 = absmax[((start + i + 64) >> w.log2_blocksize) - first];
       const __m512i words = _mm512_loadu_si512(bytes);
-      const __m512i table = bf16_pair(_mm512_mul_ps(code, _mm512_set1_ps(a1)), _mm512_mul_ps(code, _mm512_set1_ps(a0)));
+      const __m512i table =
+          bf16_pair(_mm512_mul_ps(code, _mm512_set1_ps(a1)), _mm512_mul_ps(code, _mm512_set1_ps(a0)));
       for (int j = 0; j < 4; ++j) {
         // (shifted & 15) | 16 in the upper half
         const __m512i index = _mm512_ternarylogic_epi32(shift_word(words, j), nibble_mask, second, 0xea);
         const __m512i value = _mm512_permutexvar_epi16(index, table);
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 16 * j), _mm512_castsi512_si256(value));
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 64 + 16 * j), _mm512_extracti64x4_epi64(value, 1));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 64 + 16 * j),
+                            _mm512_extracti64x4_epi64(value, 1));
       }
     }
     if (i < n) {
       const float a0 = absmax[((start + i) >> w.log2_blocksize) - first];
       const __m512 scaled = _mm512_mul_ps(code, _mm512_set1_ps(a0));
       const __m512i table = bf16_pair(scaled, scaled);
-      const __m512i words = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes)));
+      const __m512i words =
+          _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes)));
       for (int j = 0; j < 4; ++j)
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 16 * j),
                             _mm512_castsi512_si256(_mm512_permutexvar_epi16(shift_word(words, j), table)));
     }
   }
 
-  // Rows row0 … row0 + depth (those from row0 + n on are zero) of W [.., width], columns o0 … o0 + outputs, two rows
-  // a time: the packed words of both alternate before the look-up, so pairs come out ready.
+  // Rows row0 … row0 + depth (those from row0 + n on are zero) of W [.., width], columns o0 … o0 + outputs,
+  // two rows a time: the packed words of both alternate before the look-up, so pairs come out ready.
   // panel[q][16 j + i][2] = W[row0 + 2 q + {0, 1}, 4 i + j] in each group of 64 columns.
   template <int kColumns>
-  static void decode_pairs(const Weight4& w, int64_t row0, int64_t n, int64_t depth, int64_t width, int64_t o0,
-                           int64_t outputs, Bf16* panel) {
+  static void decode_pairs(const Weight4& w, int64_t row0, int64_t n, int64_t depth, int64_t width,
+                           int64_t o0, int64_t outputs, Bf16* panel) {
     const __m512 code = _mm512_loadu_ps(code_table(w.quant_type));
     const __m512i nibble_mask = _mm512_set1_epi16(15);
     const __m512i second = _mm512_set1_epi32(16 << 16);
@@ -138,8 +148,10 @@ struct Bf16Panels {
       for (int64_t o = 0; o < outputs; o += kGroup) {
         const float a0 = absmax_at(w.absmax, (flat0 + o) >> w.log2_blocksize);
         const float a1 = odd ? 0.0f : absmax_at(w.absmax, (flat1 + o) >> w.log2_blocksize);
-        const __m256i row_0 = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w.packed + ((flat0 + o) >> 1)));
-        const __m256i row_1 = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w.packed + ((flat1 + o) >> 1)));
+        const __m256i row_0 =
+            _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w.packed + ((flat0 + o) >> 1)));
+        const __m256i row_1 =
+            _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w.packed + ((flat1 + o) >> 1)));
         const __m512i words =
             _mm512_permutex2var_epi16(_mm512_castsi256_si512(row_0), order, _mm512_castsi256_si512(row_1));
         const __m512i table =
@@ -158,8 +170,8 @@ struct Bf16Panels {
     for (int64_t v = 0; v < vectors; ++v) {
       const __m256i a = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row0 + 16 * v));
       const __m256i b = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row1 + 16 * v));
-      _mm512_storeu_si512(out + 32 * v,
-                          _mm512_permutex2var_epi16(_mm512_castsi256_si512(a), order, _mm512_castsi256_si512(b)));
+      _mm512_storeu_si512(out + 32 * v, _mm512_permutex2var_epi16(_mm512_castsi256_si512(a), order,
+                                                                  _mm512_castsi256_si512(b)));
     }
   }
 };
@@ -171,13 +183,15 @@ struct Bf16Panels {
 //                    (a scaled table as in the panels costs more: 24 against 20 cycles at M = 8)
 //   floor    memory: 72 bytes per 128 weights; at M = 16 the multiply takes over (64 VDPBF16PS)
 //
-// x is packed [k / 128][M][128], each 128 as x[32 j + i] = x[4 i + j], zero beyond its end. It is walked in blocks that stay in
-// the L1 cache while kDotTask rows of W pass; the sums wait in memory, as vectors, between blocks.
+// x is packed [k / 128][M][128], each 128 as x[32 j + i] = x[4 i + j], zero beyond its end. It is walked in
+// blocks that stay in the L1 cache while kDotTask rows of W pass; the sums wait in memory, as vectors,
+// between blocks.
 constexpr int64_t kDotTask = 32;
 constexpr int64_t kDotBlockBytes = 32 * 1024;
 
 inline __m512 dot(__m512 sum, __m512i a, const Bf16* b) {
-  return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(_mm512_loadu_si512(b)));
+  return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a),
+                          reinterpret_cast<__m512bh>(_mm512_loadu_si512(b)));
 }
 
 // One row of W: its bytes and one absmax per unit (64 weights, or 32 when that is the blocksize).
@@ -230,9 +244,12 @@ inline void dot_rows_4bit(const MatmulParams& p, const DotRow* w, const Bf16* x,
     for (int r = 0; r < R; ++r) {
       const uint8_t* bytes = w[r].bytes + (k >> 1);
       words[r] = _mm512_loadu_si512(bytes);
-      _mm_prefetch(reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(bytes) + static_cast<uintptr_t>(ahead)), _MM_HINT_T1);
+      _mm_prefetch(
+          reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(bytes) + static_cast<uintptr_t>(ahead)),
+          _MM_HINT_T1);
       const float* a = w[r].absmax + (k >> 7) * per_chunk;
-      absmax[r] = units_of_32 ? _mm_loadu_ps(a) : _mm_castpd_ps(_mm_load_sd(reinterpret_cast<const double*>(a)));
+      absmax[r] =
+          units_of_32 ? _mm_loadu_ps(a) : _mm_castpd_ps(_mm_load_sd(reinterpret_cast<const double*>(a)));
     }
     chunk(k, words, absmax);
   }
@@ -296,7 +313,8 @@ inline void dot_weights(const MatmulParams& p, int64_t o0, int64_t rows, float* 
       w[r].absmax = a;
     } else {
       float* expanded = buffer + blocks;
-      for (int64_t u = 0; u < units; ++u) expanded[u] = a[((flat + (u << log2_unit)) >> weight.log2_blocksize) - first];
+      for (int64_t u = 0; u < units; ++u)
+        expanded[u] = a[((flat + (u << log2_unit)) >> weight.log2_blocksize) - first];
       w[r].absmax = expanded;
     }
     buffer += blocks + units;
@@ -313,16 +331,19 @@ inline __m512 reduce_16(const __m512* v, int64_t stride, int64_t count) {
     a[kLane[e / 4] + kElement[e % 4]] = e < count ? v[e * stride] : _mm512_setzero_ps();
   }
   for (int i = 0; i < 8; ++i)
-    a[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a[i], a[i + 8], 0x44), _mm512_shuffle_f32x4(a[i], a[i + 8], 0xee));
+    a[i] =
+        _mm512_add_ps(_mm512_shuffle_f32x4(a[i], a[i + 8], 0x44), _mm512_shuffle_f32x4(a[i], a[i + 8], 0xee));
   for (int i = 0; i < 4; ++i)
-    a[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a[i], a[i + 4], 0x88), _mm512_shuffle_f32x4(a[i], a[i + 4], 0xdd));
+    a[i] =
+        _mm512_add_ps(_mm512_shuffle_f32x4(a[i], a[i + 4], 0x88), _mm512_shuffle_f32x4(a[i], a[i + 4], 0xdd));
   for (int i = 0; i < 2; ++i)
     a[i] = _mm512_add_ps(_mm512_shuffle_ps(a[i], a[i + 2], 0x44), _mm512_shuffle_ps(a[i], a[i + 2], 0xee));
   return _mm512_add_ps(_mm512_shuffle_ps(a[0], a[1], 0x88), _mm512_shuffle_ps(a[0], a[1], 0xdd));
 }
 
 template <int M>
-inline void dot_bf16(const MatmulParams& p, const Bf16* x, const Bf16* t, const DotBuffers& buffers, int threads) {
+inline void dot_bf16(const MatmulParams& p, const Bf16* x, const Bf16* t, const DotBuffers& buffers,
+                     int threads) {
   constexpr int kRows = M <= 6 ? 2 : 1;  // of W at a time
   const bool four_bit = p.weight4.packed != nullptr;
   const int64_t blocks = ceil_div(p.inner * M * 2, kDotBlockBytes);
@@ -344,16 +365,19 @@ inline void dot_bf16(const MatmulParams& p, const Bf16* x, const Bf16* t, const 
         for (int64_t begin = 0; begin < p.inner; begin += block) {
           const int64_t end = min_of(begin + block, p.inner);
           // Bytes ahead: whole rows are one stream; else the row's next block, or the next task's first.
-          const int64_t ahead = block >= p.inner ? 4096 : (end < p.inner ? block : kDotTask * p.inner - begin) / 2;
+          const int64_t ahead =
+              block >= p.inner ? 4096 : (end < p.inner ? block : kDotTask * p.inner - begin) / 2;
           int64_t r = 0;
-          for (; r + kRows <= rows; r += kRows) dot_rows_4bit<M, kRows>(p, w + r, x, begin, end, ahead, sums + r * M);
+          for (; r + kRows <= rows; r += kRows)
+            dot_rows_4bit<M, kRows>(p, w + r, x, begin, end, ahead, sums + r * M);
           if (r < rows) dot_rows_4bit<M, 1>(p, w + r, x, begin, end, ahead, sums + r * M);
         }
       } else {
         for (int64_t r = 0; r < rows; ++r) {
           const bool direct = p.dense.dtype == DType::bf16 && p.dense.stride1 == 1;
           if (!direct) read_row(p.dense, o0 + r, 0, p.inner, row);
-          const Bf16* source = direct ? static_cast<const Bf16*>(p.dense.data) + (o0 + r) * p.dense.stride0 : row;
+          const Bf16* source =
+              direct ? static_cast<const Bf16*>(p.dense.data) + (o0 + r) * p.dense.stride0 : row;
           for (int m = 0; m < M; ++m) sums[r * M + m] = _mm512_setzero_ps();
           add_dot<M>(source, x, p.inner, p.inner, sums + r * M);
         }
@@ -384,14 +408,16 @@ inline bool dot_applies(const MatmulParams& p, int64_t most) {
 }
 
 template <int M>
-inline void dot_by_rows(const MatmulParams& p, const Bf16* x, const Bf16* t, const DotBuffers& buffers, int threads) {
+inline void dot_by_rows(const MatmulParams& p, const Bf16* x, const Bf16* t, const DotBuffers& buffers,
+                        int threads) {
   if (p.rows == M) return dot_bf16<M>(p, x, t, buffers, threads);
   if constexpr (M > 1) dot_by_rows<M - 1>(p, x, t, buffers, threads);
 }
 
 template <int kMost>
 inline void run_dot_bf16(const MatmulParams& p) {
-  const double work = static_cast<double>(p.rows) * static_cast<double>(p.outputs) * static_cast<double>(p.inner);
+  const double work =
+      static_cast<double>(p.rows) * static_cast<double>(p.outputs) * static_cast<double>(p.inner);
   const int threads = work < (1 << 18) ? 1 : p.threads;
   const int64_t x_stride = p.weight4.packed ? round_up(p.inner, 128) : p.inner;
   const int64_t x_bytes = round_up((x_stride + p.rank) * p.rows * 2, 64);

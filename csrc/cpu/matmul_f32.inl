@@ -1,5 +1,5 @@
-// matmul with fp32 arithmetic: x of any dtype at the levels without a bf16 multiply, fp32 and fp16 at every level.
-// W's values are code * absmax in fp32, not rounded further.
+// matmul with fp32 arithmetic: x of any dtype at the levels without a bf16 multiply, fp32 and fp16 at every
+// level. W's values are code * absmax in fp32, not rounded further.
 #pragma once
 
 #include "cpu/matmul.inl"
@@ -32,8 +32,8 @@ struct F32Kernel {
   static void decode_pairs(const Weight4&, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, float*) {}
 
   template <int R, int V>
-  static void tile(int64_t depth, const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c,
-                   int64_t c_stride, bool empty) {
+  static void tile(int64_t depth, const float* a, int64_t a_stride, const float* b, int64_t b_stride,
+                   float* c, int64_t c_stride, bool empty) {
     Vec sum[R][V];
 #pragma GCC unroll 24
     for (int r = 0; r < R; ++r)
@@ -52,8 +52,8 @@ struct F32Kernel {
       for (int v = 0; v < V; ++v) store(c + r * c_stride + v * kLanes, sum[r][v]);
   }
 
-  static void multiply(int64_t rows, int64_t vectors, int64_t depth, const float* a, int64_t a_stride, const float* b,
-                       int64_t b_stride, float* c, int64_t c_stride, bool empty) {
+  static void multiply(int64_t rows, int64_t vectors, int64_t depth, const float* a, int64_t a_stride,
+                       const float* b, int64_t b_stride, float* c, int64_t c_stride, bool empty) {
     multiply_tiles<F32Kernel>(rows, vectors, depth, a, a_stride, b, b_stride, c, c_stride, empty);
   }
 };
@@ -70,8 +70,8 @@ inline void add_dot(const float* w, const float* x, int64_t n, Vec* sum, float* 
     for (int m = 0; m < M; ++m) tail[m] += w[i] * x[m * n + i];
 }
 
-// Few rows of x: each row of W is decoded into registers once and meets every row of x there. absmax enters as one
-// multiply for every `step` weights, on the sum.
+// Few rows of x: each row of W is decoded into registers once and meets every row of x there. absmax enters
+// as one multiply for every `step` weights, on the sum.
 template <int M>
 inline void dot_f32(const MatmulParams& p, const float* x, const float* t, int threads) {
   const CodeTable table = code_registers(code_table(p.weight4.quant_type));
@@ -126,20 +126,26 @@ inline void dot_f32(const MatmulParams& p, const float* x, const float* t, int t
 inline void matmul_f32_any(const MatmulParams& p) {
   if (p.rows == 0 || p.outputs == 0) return;
   if (p.transposed || p.rows > 4 || (p.weight4.packed && p.inner % 32)) return Matmul<F32Kernel>(p).run();
-  const double work = static_cast<double>(p.rows) * static_cast<double>(p.outputs) * static_cast<double>(p.inner);
+  const double work =
+      static_cast<double>(p.rows) * static_cast<double>(p.outputs) * static_cast<double>(p.inner);
   const int threads = work < F32Kernel::kSerialWork ? 1 : p.threads;
   const int64_t row = max_of(p.inner + p.rank, (p.inner >> p.weight4.log2_blocksize) + 2);
-  float* x = static_cast<float*>(scratch(static_cast<size_t>((p.inner + p.rank) * p.rows + row * threads) * 4));
+  float* x =
+      static_cast<float*>(scratch(static_cast<size_t>((p.inner + p.rank) * p.rows + row * threads) * 4));
   float* t = x + p.rows * p.inner;
   for (int64_t m = 0; m < p.rows; ++m) {
     read_row(p.x, m, 0, p.inner, x + m * p.inner);
     if (p.rank) read_row(p.t, m, 0, p.rank, t + m * p.rank);
   }
   switch (p.rows) {
-    case 1: return dot_f32<1>(p, x, t, threads);
-    case 2: return dot_f32<2>(p, x, t, threads);
-    case 3: return dot_f32<3>(p, x, t, threads);
-    default: return dot_f32<4>(p, x, t, threads);
+    case 1:
+      return dot_f32<1>(p, x, t, threads);
+    case 2:
+      return dot_f32<2>(p, x, t, threads);
+    case 3:
+      return dot_f32<3>(p, x, t, threads);
+    default:
+      return dot_f32<4>(p, x, t, threads);
   }
 }
 

@@ -1,5 +1,5 @@
-// The ceilings that a benchmark compares with: multiply-adds from registers, on data as random as a model's (zeros
-// and ones draw less power, and some CPUs then run faster), and loads that do nothing else.
+// The ceilings that a benchmark compares with: multiply-adds from registers, on data as random as a model's
+// (zeros and ones draw less power, and some CPUs then run faster), and loads that do nothing else.
 #pragma once
 
 #include "cpu/decode.inl"
@@ -12,7 +12,8 @@ inline float noise(uint32_t& state) {
   return static_cast<float>(static_cast<int32_t>(state)) * 0x1p-31f;
 }
 
-// sum[r][v] += a[r] b[v]; D has kRows, kColumns, kFlops for one product, Operand, Sum, and product(a, b, sum).
+// sum[r][v] += a[r] b[v]; D has kRows, kColumns, kFlops for one product, Operand, Sum, and product(a, b,
+// sum).
 template <class D>
 inline float probe_products(int64_t iterations, uint32_t seed) {
   typename D::Operand a[D::kRows], b[D::kColumns];

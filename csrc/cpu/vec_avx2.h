@@ -30,19 +30,23 @@ inline Vec load(const Bf16* p) {
   const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16))};
 }
-inline Vec load(const F16* p) { return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}; }
+inline Vec load(const F16* p) {
+  return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
 inline void store(float* p, Vec a) { _mm256_storeu_ps(p, a.v); }
 inline void store(Bf16* p, Vec a) {
   const __m256i u = _mm256_castps_si256(a.v);
   const __m256i lsb = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
-  const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(u, _mm256_add_epi32(lsb, _mm256_set1_epi32(0x7fff))), 16);
+  const __m256i rounded =
+      _mm256_srli_epi32(_mm256_add_epi32(u, _mm256_add_epi32(lsb, _mm256_set1_epi32(0x7fff))), 16);
   const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q));
   const __m256i r = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc0), nan);
   const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(r), _mm256_extracti128_si256(r, 1));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), packed);
 }
 inline void store(F16* p, Vec a) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
 template <class T>
@@ -61,7 +65,9 @@ inline void store_n(T* p, Vec a, int n) {
 struct CodeTable {
   __m256 low, high;  // codes 0…7, 8…15
 };
-inline CodeTable code_registers(const float* code) { return {_mm256_loadu_ps(code), _mm256_loadu_ps(code + 8)}; }
+inline CodeTable code_registers(const float* code) {
+  return {_mm256_loadu_ps(code), _mm256_loadu_ps(code + 8)};
+}
 inline Vec lookup(CodeTable t, const uint8_t* p) {
   uint32_t bytes;
   std::memcpy(&bytes, p, 4);
@@ -112,7 +118,8 @@ inline void decode(const BlockTable<T>& t, const uint8_t* p, T* out) {
   const __m128i first = _mm_and_si128(_mm_srli_epi16(b, 4), mask), second = _mm_and_si128(b, mask);
   const __m256i q = _mm256_set_m128i(_mm_unpackhi_epi8(first, second), _mm_unpacklo_epi8(first, second));
   const __m256i low = _mm256_shuffle_epi8(t.low, q), high = _mm256_shuffle_epi8(t.high, q);
-  const __m256i even = _mm256_unpacklo_epi8(low, high), odd = _mm256_unpackhi_epi8(low, high);  // 0…7, 16…23; 8…15, 24…31
+  const __m256i even = _mm256_unpacklo_epi8(low, high),
+                odd = _mm256_unpackhi_epi8(low, high);  // 0…7, 16…23; 8…15, 24…31
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_permute2x128_si256(even, odd, 0x20));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 16), _mm256_permute2x128_si256(even, odd, 0x31));
 }
@@ -148,8 +155,8 @@ inline void encode(const Buckets& b, Vec x, uint8_t* p) {
   // each qword: the even lane's nibble high, the odd lane's low
   const __m256i pair = _mm256_or_si256(_mm256_slli_epi64(q, 4), _mm256_srli_epi64(q, 32));
   const __m256i bytes = _mm256_shuffle_epi8(
-      pair, _mm256_setr_epi8(0, 8, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, 0, 8, -1, -1, -1, -1, -1, -1,
-                             -1, -1, -1, -1, -1, -1, -1, -1));
+      pair, _mm256_setr_epi8(0, 8, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, 0, 8, -1, -1, -1,
+                             -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1));
   const uint32_t low = static_cast<uint32_t>(_mm_cvtsi128_si32(_mm256_castsi256_si128(bytes)));
   const uint32_t high = static_cast<uint32_t>(_mm_cvtsi128_si32(_mm256_extracti128_si256(bytes, 1)));
   const uint32_t packed = low | high << 16;

@@ -25,7 +25,9 @@ inline float reduce_add(Vec a) { return _mm512_reduce_add_ps(a.v); }
 
 inline __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
 
-inline __m512 widen_bf16(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
+inline __m512 widen_bf16(__m256i x) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
+}
 #if defined(__AVX512BF16__)
 // Flushes subnormals, as the products of these levels do.
 inline __m256i narrow_bf16(__m512 x) { return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x)); }
@@ -33,16 +35,23 @@ inline __m256i narrow_bf16(__m512 x) { return reinterpret_cast<__m256i>(_mm512_c
 inline __m256i narrow_bf16(__m512 x) {
   const __m512i u = _mm512_castps_si512(x);
   const __m512i lsb = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
-  const __m512i r = _mm512_srli_epi32(_mm512_add_epi32(u, _mm512_add_epi32(lsb, _mm512_set1_epi32(0x7fff))), 16);
+  const __m512i r =
+      _mm512_srli_epi32(_mm512_add_epi32(u, _mm512_add_epi32(lsb, _mm512_set1_epi32(0x7fff))), 16);
   const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
   return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(r, nan, _mm512_set1_epi32(0x7fc0)));
 }
 #endif
-inline __m256i narrow_f16(__m512 x) { return _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline __m256i narrow_f16(__m512 x) {
+  return _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
 
 inline Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
-inline Vec load(const Bf16* p) { return {widen_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))}; }
-inline Vec load(const F16* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))}; }
+inline Vec load(const Bf16* p) {
+  return {widen_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
+inline Vec load(const F16* p) {
+  return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
 inline Vec load_n(const float* p, int n) { return {_mm512_maskz_loadu_ps(first(n), p)}; }
 inline Vec load_n(const Bf16* p, int n) { return {widen_bf16(_mm256_maskz_loadu_epi16(first(n), p))}; }
 inline Vec load_n(const F16* p, int n) { return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), p))}; }
@@ -58,7 +67,8 @@ struct CodeTable {
 };
 inline CodeTable code_registers(const float* code) { return {_mm512_loadu_ps(code)}; }
 inline Vec lookup(CodeTable t, const uint8_t* p) {
-  // qword j holds byte j twice; the even dword takes its high nibble, the odd one its low nibble (vpermps reads 4 bits)
+  // qword j holds byte j twice; the even dword takes its high nibble, the odd one its low nibble (vpermps
+  // reads 4 bits)
   __m512i q = _mm512_cvtepu8_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
   q = _mm512_or_si512(_mm512_srli_epi64(q, 4), _mm512_slli_epi64(q, 32));
   return {_mm512_permutexvar_ps(q, t.code)};
@@ -92,7 +102,8 @@ inline void decode(const BlockTable<float>& t, const uint8_t* p, float* out) {
 template <class T>
 inline void decode(const BlockTable<T>& t, const uint8_t* p, T* out) {
   const __m512i b = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-  // each dword: the even word is the byte's high nibble, the odd one the byte itself, whose bit 4 doesn't matter
+  // each dword: the even word is the byte's high nibble, the odd one the byte itself, whose bit 4 doesn't
+  // matter
   const __m512i q = _mm512_or_si512(_mm512_srli_epi32(b, 4), _mm512_slli_epi32(b, 16));
   _mm512_storeu_si512(out, _mm512_permutexvar_epi16(q, t.values));
 }
@@ -110,13 +121,15 @@ struct Buckets {
   __m512i order;
 };
 inline Buckets bucket_registers(const float* bounds, const uint8_t* order) {
-  return {_mm512_loadu_ps(bounds), _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(order)))};
+  return {_mm512_loadu_ps(bounds),
+          _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(order)))};
 }
 inline void encode(const Buckets& b, Vec x, uint8_t* p) {
   // Binary search: after a step, all bounds below `bucket` are known not to be >= x.
   __m512i bucket = _mm512_setzero_si512();
   for (int step = 8; step; step /= 2) {
-    const __m512 bound = _mm512_permutexvar_ps(_mm512_add_epi32(bucket, _mm512_set1_epi32(step - 1)), b.bounds);
+    const __m512 bound =
+        _mm512_permutexvar_ps(_mm512_add_epi32(bucket, _mm512_set1_epi32(step - 1)), b.bounds);
     const __mmask16 above = _mm512_cmp_ps_mask(bound, x.v, _CMP_NGE_UQ);
     bucket = _mm512_mask_add_epi32(bucket, above, bucket, _mm512_set1_epi32(step));
   }
