@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import subprocess
@@ -333,6 +334,34 @@ def test_quantize_outputs_apart() -> None:
         quantize(packed=memory.view(torch.uint8)[: N * K // 2], absmax=memory[: N * K // BLOCKSIZE])
 
 
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"p": 1.5}, ValueError, r"p: expected a probability in \[0, 1\], got 1.5"),
+        ({"p": -0.1}, ValueError, r"p: expected a probability in \[0, 1\], got -0.1"),
+        ({"p": math.nan}, ValueError, r"p: expected a probability in \[0, 1\], got nan"),
+        ({"p": None}, TypeError, "incompatible function arguments"),
+        ({"seed": 2**64}, ValueError, "seed: expected an int of 64 bits, got 18446744073709551616"),
+        ({"seed": 1.0}, TypeError, "seed: expected an int, got float"),
+        ({"out": torch.empty(M, K + 1)}, ValueError, "out: expected 288 elements, got 291"),
+        ({"out": torch.empty(K, M).t()}, ValueError, "out: expected a contiguous tensor"),
+        (
+            {"out": torch.empty(M, K).half()},
+            ValueError,
+            "out: expected dtype torch.float32, got torch.float16",
+        ),
+        ({"x": torch.empty(M, K, device="meta")}, ValueError, "x: expected a dense CPU tensor"),
+        ({"x": torch.empty(M)}, ValueError, r"x: expected a 2-D tensor, got shape \[3\]"),
+        ({"threads": 0}, ValueError, "threads: expected 1 to 1024, got 0"),
+    ],
+)
+def test_dropout_refuses(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    a: dict[str, Any] = {"out": torch.empty(M, K), "x": torch.randn(M, K), "p": 0.5, "seed": 1, "threads": 1}
+    a.update(change)
+    with pytest.raises(error, match=message):
+        _cpu.dropout(*a.values())
+
+
 def test_tensors_of_every_ordinary_kind_are_accepted() -> None:
     x, w = torch.randn(M, K), torch.randn(N, K)
     expected = matmul(x=x, weight=w)
@@ -432,6 +461,8 @@ def step():
     weight = (packed, absmax, None, "nf4", 64, 512, 512)
     results = [torch.empty(512, 512)]
     _cpu.dequantize(results[0], weight, 4)
+    results.append(torch.empty(512, 512))
+    _cpu.dropout(results[1], w, 0.5, 1, 4)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for rows in (1, 8, 300):
             x = torch.linspace(-1, 1, rows * 512).view(rows, 512).to(dtype)
