@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 from torch.library import Library
 
 from peftkern import dispatch
-from peftkern.backends import Call, Weight4
+from peftkern.backends import Call, Primitive, Weight4
 from peftkern.dispatch import find
 from peftkern.formats import QuantizedWeight
 
@@ -137,8 +137,13 @@ def weight4(
     return packed, absmax, (absmax2, code, offset, blocksize2), quant_type, blocksize, rows, columns
 
 
+def matmul_row(traced: bool, x: Tensor) -> Primitive | None:
+    """The backend's matmul for x, looked up once for a whole pass; None: go through the library ops."""
+    return None if traced else find("matmul", x.device, x.dtype)
+
+
 def base_matmul(
-    traced: bool,
+    row: Primitive | None,
     x: Tensor,
     weight: Weight4 | Tensor,
     transposed: bool,
@@ -148,7 +153,7 @@ def base_matmul(
 ) -> Tensor:
     """x Wᵀ + t uᵀ + bias, or x W + t uᵀ when transposed: one pass over W, dense or 4-bit. [M, outputs]"""
     if isinstance(weight, tuple):
-        if traced:
+        if row is None:
             packed, absmax, nested, quant_type, blocksize, rows, columns = weight
             absmax2, code, offset, blocksize2 = (None, None, None, 0) if nested is None else nested
             out: Tensor = _OPS.matmul_4bit(
@@ -157,9 +162,9 @@ def base_matmul(
             )  # fmt: skip
             return out
         out = x.new_empty(x.shape[0], weight[6] if transposed else weight[5])
-        find("matmul", x.device, x.dtype)(out, x, weight, transposed, 1.0, t, u, bias)
+        row(out, x, weight, transposed, 1.0, t, u, bias)
         return out
-    if traced:
+    if row is None:
         return _OPS.matmul_dense(x, weight, transposed, t, u, bias)  # type: ignore[no-any-return]
     out = x.new_empty(x.shape[0], weight.shape[1] if transposed else weight.shape[0])
     find("matmul_dense", x.device, x.dtype)(out, x, weight, transposed, t, u, bias)
@@ -167,7 +172,7 @@ def base_matmul(
 
 
 def thin_matmul(
-    traced: bool,
+    row: Primitive | None,
     x: Tensor,
     weight: Tensor,
     transposed: bool,
@@ -179,24 +184,24 @@ def thin_matmul(
 
     columns_first gives the transpose of the product, contiguous: [outputs, rows].
     """
-    if traced:
+    if row is None:
         return _OPS.matmul_thin(  # type: ignore[no-any-return]
             x, weight, transposed, alpha, x.dtype if dtype is None else dtype, columns_first
         )
     rows, outputs = x.shape[0], weight.shape[1] if transposed else weight.shape[0]
     if columns_first:
         result = x.new_empty(outputs, rows, dtype=dtype)
-        out = result.t()
+        row(result.t(), x, weight, transposed, alpha, None, None, None)
     else:
-        result = out = x.new_empty(rows, outputs, dtype=dtype)
-    find("matmul", x.device, x.dtype)(out, x, weight, transposed, alpha, None, None, None)
+        result = x.new_empty(rows, outputs, dtype=dtype)
+        row(result, x, weight, transposed, alpha, None, None, None)
     return result
 
 
-def sum_rows(traced: bool, x: Tensor, dtype: torch.dtype) -> Tensor:
+def sum_rows(row: Primitive | None, x: Tensor, dtype: torch.dtype) -> Tensor:
     """Σ_m x[m, ·] as 1ᵀ x, summed in fp32: torch's sum would make an fp32 copy of x first."""
     ones = x.new_ones(1, 1).expand(1, x.shape[0])
-    return thin_matmul(traced, ones, x, True, 1.0, dtype).view(x.shape[1])
+    return thin_matmul(row, ones, x, True, 1.0, dtype).view(x.shape[1])
 
 
 def dropout(traced: bool, x: Tensor, p: float, seed: Tensor) -> Tensor:
@@ -230,7 +235,8 @@ def _matmul_4bit(
     bias: Tensor | None,
 ) -> Tensor:
     spec = (quant_type, blocksize, blocksize2, rows, columns)
-    return base_matmul(False, x, weight4(packed, absmax, absmax2, code, offset, spec), transposed, t, u, bias)
+    weight = weight4(packed, absmax, absmax2, code, offset, spec)
+    return base_matmul(matmul_row(False, x), x, weight, transposed, t, u, bias)
 
 
 def _matmul_4bit_fake(x: Tensor, *args: Any) -> Tensor:
@@ -241,7 +247,7 @@ def _matmul_4bit_fake(x: Tensor, *args: Any) -> Tensor:
 def _matmul_dense(
     x: Tensor, weight: Tensor, transposed: bool, t: Tensor | None, u: Tensor | None, bias: Tensor | None
 ) -> Tensor:
-    return base_matmul(False, x, weight, transposed, t, u, bias)
+    return base_matmul(matmul_row(False, x), x, weight, transposed, t, u, bias)
 
 
 def _matmul_dense_fake(x: Tensor, weight: Tensor, transposed: bool, *args: Any) -> Tensor:
@@ -251,7 +257,7 @@ def _matmul_dense_fake(x: Tensor, weight: Tensor, transposed: bool, *args: Any) 
 def _matmul_thin(
     x: Tensor, weight: Tensor, transposed: bool, alpha: float, dtype: torch.dtype, columns_first: bool
 ) -> Tensor:
-    return thin_matmul(False, x, weight, transposed, alpha, dtype, columns_first)
+    return thin_matmul(matmul_row(False, x), x, weight, transposed, alpha, dtype, columns_first)
 
 
 def _matmul_thin_fake(
@@ -335,7 +341,7 @@ def no_double_backward(grad: Tensor, op: str) -> None:
 
 
 def _forward(traced: bool, x: Tensor, weight: Weight4, bias: Tensor | None) -> Tensor:
-    y = base_matmul(traced, as_rows(x, weight[6]), weight, False, None, None, bias)
+    y = base_matmul(matmul_row(traced, x), as_rows(x, weight[6]), weight, False, None, None, bias)
     return y if x.ndim == 2 else y.view(*x.shape[:-1], weight[5])
 
 
@@ -344,10 +350,11 @@ def _backward(ctx: Any, traced: bool, grad: Tensor) -> tuple[Any, ...]:
     weight = weight4(packed, absmax, absmax2, code, offset, ctx.spec)
     dY = as_rows(grad, weight[5])
     needs_x, needs_bias = ctx.needs_input_grad[:2]
-    dx = base_matmul(traced, dY, weight, True) if needs_x else None
+    row = matmul_row(traced, dY)
+    dx = base_matmul(row, dY, weight, True) if needs_x else None
     if dx is not None and grad.ndim != 2:
         dx = dx.view(*grad.shape[:-1], weight[6])
-    dbias = sum_rows(traced, dY, ctx.bias_dtype) if needs_bias else None
+    dbias = sum_rows(row, dY, ctx.bias_dtype) if needs_bias else None
     return dx, dbias, None, None, None, None, None, None
 
 

@@ -12,6 +12,7 @@ from peftkern import dispatch, reference
 from peftkern.backends import Call, Weight4
 from peftkern.formats import QuantizedWeight
 from peftkern.ops.linear import (
+    WeightSpec,
     as_rows,
     autocast_dtype,
     base_matmul,
@@ -19,6 +20,7 @@ from peftkern.ops.linear import (
     check_x,
     flatten_weight,
     is_direct,
+    matmul_row,
     no_double_backward,
     refuse,
     sum_rows,
@@ -52,99 +54,140 @@ def _forward(
     p: float,
 ) -> tuple[Tensor, Tensor]:
     """Y [..., N] and T = s · dropout(X) Aᵀ [M, R], rounded to x's dtype."""
-    rows = as_rows(x, A.shape[1])
+    row = matmul_row(traced, x)
+    rows = x if x.ndim == 2 else as_rows(x, A.shape[1])
     thin = rows if seed is None else apply_dropout(traced, rows, p, seed)
-    T = thin_matmul(traced, thin, A, False, _alpha(scaling, p))
-    y = base_matmul(traced, rows, weight, False, T, B, bias)
+    T = thin_matmul(row, thin, A, False, scaling if p == 0.0 else _alpha(scaling, p))
+    y = base_matmul(row, rows, weight, False, T, B, bias)
     return (y if x.ndim == 2 else y.view(*x.shape[:-1], B.shape[0])), T
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], T: Tensor) -> None:
+def _save(
+    ctx: Any,
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    bias: Tensor | None,
+    dense: Tensor | None,
+    seed: Tensor | None,
+    tensors: tuple[Tensor | None, ...],
+    spec: WeightSpec | None,
+    scaling: float,
+    p: float,
+    T: Tensor,
+) -> None:
     """Only what the gradients that are asked for will read."""
-    x, A, B, bias, dense, seed, packed, absmax, absmax2, code, offset, spec, scaling, p = inputs
-    needs_x, needs_A, needs_B, _, needs_W = ctx.needs_input_grad[:5]
-    ctx.spec, ctx.scaling, ctx.p = spec, scaling, p
-    ctx.dtypes = A.dtype, B.dtype, None if bias is None else bias.dtype
+    needs_x, needs_A, needs_B, needs_bias, needs_W = ctx.needs_input_grad[:5]
+    ctx.settings = spec, scaling, p, A.dtype, B.dtype, bias.dtype if bias is not None and needs_bias else None
     ctx.save_for_backward(
         x if needs_A or needs_W else None,
         A if needs_x else None,
         B if needs_x or needs_A else None,
         T if needs_B else None,
         seed,
-        *((dense, packed, absmax, absmax2, code, offset) if needs_x else (None,) * 6),
+        *((dense, *tensors) if needs_x else (None,) * 6),
     )
 
 
 def _backward(ctx: Any, traced: bool, grad: Tensor) -> tuple[Any, ...]:
+    """The gradients of x, A, B, bias and the dense W."""
     x, A, B, T, seed, dense, packed, absmax, absmax2, code, offset = ctx.saved_tensors
     needs_x, needs_A, needs_B, needs_bias, needs_W = ctx.needs_input_grad[:5]
-    A_dtype, B_dtype, bias_dtype = ctx.dtypes
+    spec, scaling, p, A_dtype, B_dtype, bias_dtype = ctx.settings
+    row = matmul_row(traced, grad)
     dY = as_rows(grad, grad.shape[-1])
     dx = dA = dB = dbias = dW = None
     if needs_B:
-        dB = thin_matmul(traced, T.t(), dY, True, 1.0, B_dtype, True)  # (Tᵀ dY)ᵀ, [N, R]
+        dB = thin_matmul(row, T.t(), dY, True, 1.0, B_dtype, True)  # (Tᵀ dY)ᵀ, [N, R]
     if needs_x or needs_A:
-        G = thin_matmul(traced, dY, B, True, _alpha(ctx.scaling, ctx.p))  # s/(1-p) · dY B, [M, R]
+        G = thin_matmul(row, dY, B, True, _alpha(scaling, p))  # s/(1-p) · dY B, [M, R]
     if needs_A or needs_W:
         rows = as_rows(x, x.shape[-1])
     if needs_A:
-        thin = rows if seed is None else apply_dropout(traced, rows, ctx.p, seed)
-        dA = thin_matmul(traced, G.t(), thin, True, 1.0, A_dtype)  # Gᵀ dropout(X), [R, K]
+        thin = rows if seed is None else apply_dropout(traced, rows, p, seed)
+        dA = thin_matmul(row, G.t(), thin, True, 1.0, A_dtype)  # Gᵀ dropout(X), [R, K]
     if needs_x:
-        weight = weight4(packed, absmax, absmax2, code, offset, ctx.spec) if dense is None else dense
+        weight = weight4(packed, absmax, absmax2, code, offset, spec) if dense is None else dense
         if seed is None:
-            dx = base_matmul(traced, dY, weight, True, G, A.t())
+            dx = base_matmul(row, dY, weight, True, G, A.t())
         else:
             # the mask falls between the adapter's product and the sum
-            dx = base_matmul(traced, dY, weight, True)
-            dx = dx + apply_dropout(traced, thin_matmul(traced, G, A, True), ctx.p, seed)
+            dx = base_matmul(row, dY, weight, True)
+            dx = dx + apply_dropout(traced, thin_matmul(row, G, A, True), p, seed)
         if grad.ndim != 2:
             dx = dx.view(*grad.shape[:-1], dx.shape[-1])
     if needs_bias:
-        dbias = sum_rows(traced, dY, bias_dtype)
+        dbias = sum_rows(row, dY, bias_dtype)
     if needs_W:
         dW = torch.mm(dY.t(), rows)
-    return dx, dA, dB, dbias, dW, None, None, None, None, None, None, None, None, None
+    return dx, dA, dB, dbias, dW
+
+
+_NO_TENSORS: tuple[None, ...] = (None,) * 5
 
 
 class _LoraLinear(torch.autograd.Function):
-    """Direct. x, A, B, bias, dense W, seed, packed, absmax, absmax2, code, offset, spec, scaling, p."""
+    """Direct."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        y, T = _apply(False, inputs)
-        _save(ctx, inputs, T)
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        A: Tensor,
+        B: Tensor,
+        bias: Tensor | None,
+        dense: Tensor | None,
+        seed: Tensor | None,
+        quantized: QuantizedWeight | None,
+        scaling: float,
+        p: float,
+    ) -> Tensor:
+        operand: Any = dense if quantized is None else quantized.kernel_args
+        y, T = _forward(False, x, operand, A, B, bias, seed, scaling, p)
+        tensors, spec = (_NO_TENSORS, None) if quantized is None else flatten_weight(quantized)
+        _save(ctx, x, A, B, bias, dense, seed, tensors, spec, scaling, p, T)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         no_double_backward(grad, "lora_linear")
-        return _backward(ctx, not is_direct(grad), grad)
+        return *_backward(ctx, not is_direct(grad), grad), None, None, None, None
 
 
 class _LoraLinearTraced(torch.autograd.Function):
-    """The same inputs; T is a second output: functorch saves nothing but inputs and outputs."""
+    """T is a second output: functorch saves nothing but inputs and outputs."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
-        return _apply(True, inputs)
+    def forward(
+        x: Tensor,
+        A: Tensor,
+        B: Tensor,
+        bias: Tensor | None,
+        dense: Tensor | None,
+        seed: Tensor | None,
+        packed: Tensor,
+        absmax: Tensor,
+        absmax2: Tensor | None,
+        code: Tensor | None,
+        offset: Tensor | None,
+        spec: WeightSpec,
+        scaling: float,
+        p: float,
+    ) -> tuple[Tensor, Tensor]:
+        weight = weight4(packed, absmax, absmax2, code, offset, spec) if dense is None else dense
+        return _forward(True, x, weight, A, B, bias, seed, scaling, p)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         ctx.mark_non_differentiable(output[1])
-        _save(ctx, inputs, output[1])
+        x, A, B, bias, dense, seed, *tensors, spec, scaling, p = inputs
+        _save(ctx, x, A, B, bias, dense, seed, tuple(tensors), spec, scaling, p, output[1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
-        return _backward(ctx, True, grad)
-
-
-def _apply(traced: bool, inputs: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
-    x, A, B, bias, dense, seed, packed, absmax, absmax2, code, offset, spec, scaling, p = inputs
-    weight = weight4(packed, absmax, absmax2, code, offset, spec) if dense is None else dense
-    return _forward(traced, x, weight, A, B, bias, seed, scaling, p)
+        return *_backward(ctx, True, grad), None, None, None, None, None, None, None, None, None
 
 
 def check_scaling(scaling: float) -> None:
@@ -256,11 +299,15 @@ def lora_linear(
     if direct and not differentiable:
         operand: Any = dense if quantized is None else quantized.kernel_args
         return _forward(False, x, operand, lora_A, lora_B, bias, seed, scaling, dropout)[0]
-    tensors, spec = ((None,) * 5, None) if quantized is None else flatten_weight(quantized)
-    inputs = (x, lora_A, lora_B, bias, dense, seed, *tensors, spec, scaling, dropout)
     if direct:
-        return _LoraLinear.apply(*inputs)  # type: ignore[no-any-return,no-untyped-call]
-    return _LoraLinearTraced.apply(*inputs)[0]  # type: ignore[no-any-return,no-untyped-call]
+        return _LoraLinear.apply(  # type: ignore[no-any-return,no-untyped-call]
+            x, lora_A, lora_B, bias, dense, seed, quantized, scaling, dropout
+        )
+    tensors, spec = (_NO_TENSORS, None) if quantized is None else flatten_weight(quantized)
+    y, _ = _LoraLinearTraced.apply(  # type: ignore[no-untyped-call]
+        x, lora_A, lora_B, bias, dense, seed, *tensors, spec, scaling, dropout
+    )
+    return y  # type: ignore[no-any-return]
 
 
 def _calls(
