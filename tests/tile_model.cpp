@@ -1,0 +1,50 @@
+// The software tiles of csrc/cpu/tile.h behind C functions, for test_amx_emulation.py.
+#define PEFTKERN_EMULATE_AMX
+#define PEFTKERN_ISA model
+#include "cpu/tile.h"
+
+using namespace peftkern::model;
+
+namespace {
+
+TileConfig shapes(int rows, int pairs, int columns) {
+  TileConfig config;
+  const int height[3] = {rows, rows, pairs}, width[3] = {4 * columns, 4 * pairs, 4 * columns};
+  for (int t = 0; t < 3; ++t) {
+    config.rows[t] = static_cast<uint8_t>(height[t]);
+    config.row_bytes[t] = static_cast<uint16_t>(width[t]);
+  }
+  return config;
+}
+
+}  // namespace
+
+// c [rows, columns] fp32 += a [rows, 2 pairs] bf16 · b [pairs, columns, 2] bf16, rows of 64 bytes each
+extern "C" void product(float* c, const uint16_t* a, const uint16_t* b, int rows, int pairs, int columns) {
+  tile_configure(shapes(rows, pairs, columns));
+  tile_load<0>(c, 64);
+  tile_load<1>(a, 64);
+  tile_stream<2>(b, 64);
+  tile_dpbf16<0, 1, 2>();
+  tile_store<0>(c, 64);
+  tile_release();
+}
+
+// What the CPU answers with a fault.
+extern "C" void fault(int which) {
+  TileConfig config = shapes(16, 16, 16);
+  if (which == 0) return tile_zero<0>();
+  if (which == 1) config.rows[2] = 17;
+  if (which == 2) config.row_bytes[2] = 65;
+  if (which == 3) config.reserved[3] = 1;
+  if (which == 4) config.palette = 2;
+  if (which == 5) config.row_bytes[1] = 0;
+  if (which == 6) config.rows[8] = config.row_bytes[8] = 1;
+  if (which == 7) config.rows[0] = 15;
+  if (which == 8) config.row_bytes[0] = 60;
+  if (which == 9) config.rows[2] = 15;
+  tile_configure(config);
+  if (which == 10) tile_release();
+  if (which == 11) return tile_zero<3>();
+  tile_dpbf16<0, 1, 2>();
+}
