@@ -634,16 +634,20 @@ def read_ceiling(inputs: Inputs) -> Candidate:
 
 @functools.lru_cache
 def _peak_iterations(dtype: torch.dtype, threads: int) -> tuple[int, int]:
-    """(iterations that last some milliseconds, operations they do)."""
+    """(iterations of each thread that last some milliseconds, operations of all threads).
+
+    Judged by the fastest of several runs on one thread: where another program has the other core, two threads
+    wait for each other, however little they do.
+    """
     probe, iterations = _cpu("probe_peak").probe_peak, 1000
     while True:
         times = []
         for _ in range(5):
             start = time.perf_counter()
-            gflop = probe(dtype, iterations, threads)
+            probe(dtype, iterations, 1)
             times.append(time.perf_counter() - start)
         if min(times) > 2e-3:
-            return iterations, round(gflop * 1e9)
+            return iterations, round(probe(dtype, iterations, threads) * 1e9)
         iterations *= 2
 
 
