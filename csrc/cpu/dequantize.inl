@@ -1,10 +1,11 @@
-// out[i] = round(code[q[i]] * absmax[i / blocksize]) over the flat index: an fp32 product and one rounding, so every
-// level writes the same bits.
+// out[i] = round(code[q[i]] * absmax[i / blocksize]) over the flat index: an fp32 product and one rounding,
+// so every level writes the same bits.
 //
-// A weight costs 0.5 + 4 / blocksize bytes read and 2 or 4 written: the floor is writing. So products and roundings are
-// made 16 for a block, not one for a weight, and a weight is a table lookup: with AVX-512 six instructions for 32.
-// 4096 x 4096 to bf16, two Zen 5 cores: 0.65 ms where a plain fill of the same cold memory takes 0.59; 0.40 when hot.
-// Tried: non-temporal stores, equal when cold, and a reader that follows then misses the cache.
+// A weight costs 0.5 + 4 / blocksize bytes read and 2 or 4 written: the floor is writing. So products and
+// roundings are made 16 for a block, not one for a weight, and a weight is a table lookup: with AVX-512 six
+// instructions for 32. 4096 x 4096 to bf16, two Zen 5 cores: 0.65 ms where a plain fill of the same cold
+// memory takes 0.59; 0.40 when hot. Tried: non-temporal stores, equal when cold, and a reader that follows
+// then misses the cache.
 #pragma once
 
 #include "decode.inl"
