@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -18,12 +19,6 @@ settings.register_profile(
     "peftkern", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 settings.load_profile("peftkern")
-
-
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--require-ext", action="store_true", help="fail, not skip, where the extension is missing"
-    )
 
 
 def pytest_report_header() -> str:
@@ -44,7 +39,7 @@ def _seeded_and_poisoned() -> Iterator[None]:
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each instruction set level of this machine, in use."""
     if not ISAS:
-        if request.config.getoption("--require-ext"):
+        if os.environ.get("PEFTKERN_REQUIRE_EXT") == "1":
             pytest.fail(str(cpu.missing()))
         pytest.skip(str(cpu.missing()))
     with cpu.use_isa(request.param):

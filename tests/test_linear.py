@@ -217,6 +217,24 @@ def test_half_of_a_gigabyte_of_bytes() -> None:
     bounds.check("x", dx, bounds.linear(x, tail, grad=grad[:, -2:])["x"])
 
 
+def test_strides_beyond_32_bits(isa: str) -> None:
+    """Rows 2^31 elements apart, in x and in out: pages in between are reserved, never touched."""
+    torch.use_deterministic_algorithms(False)  # it would fill them
+    weight = peftkern.quantize_4bit(torch.randn(33, 64))
+    for dtype in (torch.bfloat16, torch.float32):
+        try:
+            far = torch.empty(2**31 + 64, dtype=dtype)
+            out = torch.empty(2**31 + 64, dtype=dtype)
+        except RuntimeError as error:
+            pytest.skip(f"cannot reserve 16 GiB of address space: {error}")
+        x = far.as_strided((2, 64), (2**31, 1)).copy_(torch.randn(2, 64))
+        y = linear_4bit(x.contiguous(), weight)
+        assert torch.equal(linear_4bit(x, weight), y)
+        view = out.as_strided((2, 33), (2**31, 1))
+        cpu.matmul(view, x, weight.kernel_args)
+        assert torch.equal(view, y)
+
+
 def _available_gib() -> float:
     with open("/proc/meminfo") as file:
         kib = next(int(line.split()[1]) for line in file if line.startswith("MemAvailable"))

@@ -20,7 +20,7 @@ from peftkern.dispatch import find
 from peftkern.formats import QuantizedWeight
 
 DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
-_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+PLAIN = frozenset((Tensor, torch.nn.Parameter))
 _STRIDED = torch.strided
 _VMAP_MODE: Any = torch._C._parse_dispatch_key("VmapMode")
 
@@ -33,7 +33,7 @@ WeightSpec = tuple[str, int, int, int, int]
 def check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
     """A strided fp32, bf16 or fp16 tensor of exactly this shape, on this device."""
     if (
-        (type(tensor) in _PLAIN or isinstance(tensor, Tensor))
+        (type(tensor) in PLAIN or isinstance(tensor, Tensor))
         and tensor.shape == shape
         and tensor.dtype in DTYPES
         and tensor.device == device
@@ -45,7 +45,7 @@ def check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], device: torc
 
 def check_x(x: Tensor, columns: int, device: torch.device) -> None:
     if (
-        (type(x) in _PLAIN or isinstance(x, Tensor))
+        (type(x) in PLAIN or isinstance(x, Tensor))
         and x.ndim > 0
         and x.shape[-1] == columns
         and x.dtype in DTYPES
@@ -84,24 +84,24 @@ def is_direct(first: Tensor, *others: Tensor | None) -> bool:
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
         or torch._C._dispatch_tls_is_dispatch_key_included(_VMAP_MODE)  # autograd.grad(is_grads_batched=True)
-        or torch._C._get_tracing_state() is not None  # torch.jit.trace
+        or torch._C._is_tracing()  # torch.jit.trace
     ):
         return False
     # a negative-bit view (z.conj().imag) shares its memory with its negation
-    if type(first) not in _PLAIN or first.is_neg() or first.is_meta:
+    if type(first) not in PLAIN or first.is_neg() or first.is_meta:
         return False
     for tensor in others:
-        if tensor is not None and (type(tensor) not in _PLAIN or tensor.is_neg()):
+        if tensor is not None and (type(tensor) not in PLAIN or tensor.is_neg()):
             return False
     return True
 
 
-def autocast_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+def autocast_dtype(x: Tensor) -> torch.dtype:
     """The dtype that F.linear would compute in: autocast's where that is on, else the tensor's."""
-    kind = device.type
-    if kind == "meta":  # has no autocast
-        return dtype
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype
+    kind = "cpu" if x.is_cpu else x.device.type
+    if kind != "meta" and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return x.dtype
 
 
 def as_rows(x: Tensor, columns: int) -> Tensor:
@@ -421,7 +421,7 @@ def _check(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> torch.dty
     check_x(x, columns, device)
     if bias is not None:
         check_tensor("bias", bias, (rows,), device)
-    return autocast_dtype(device, x.dtype)
+    return autocast_dtype(x)
 
 
 def linear_4bit(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
@@ -443,7 +443,7 @@ def linear_4bit(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) 
     dtype = _check(x, weight, bias)
     if dtype is not x.dtype:
         x = x.to(dtype)
-    if not is_direct(x, bias, weight.packed):
+    if not is_direct(x, bias) or type(weight.packed) not in PLAIN:
         tensors, spec = flatten_weight(weight)
         return _Linear4bitTraced.apply(x, bias, *tensors, spec)  # type: ignore[no-any-return,no-untyped-call]
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):

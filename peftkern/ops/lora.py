@@ -12,6 +12,7 @@ from peftkern import dispatch, reference
 from peftkern.backends import Call, Weight4
 from peftkern.formats import QuantizedWeight
 from peftkern.ops.linear import (
+    PLAIN,
     WeightSpec,
     as_rows,
     autocast_dtype,
@@ -226,7 +227,7 @@ def _check(
         rows, columns = weight.shape
         device = weight.packed.device
         check_x(x, columns, device)
-        dtype = autocast_dtype(device, x.dtype)
+        dtype = autocast_dtype(x)
     elif isinstance(weight, Tensor):
         if weight.dim() != 2:
             refuse("weight", weight, "a QuantizedWeight or shape [N, K]", None, None)
@@ -234,7 +235,7 @@ def _check(
         device = weight.device
         check_tensor("weight", weight, (rows, columns), device)
         check_x(x, columns, device)
-        dtype = autocast_dtype(device, x.dtype)
+        dtype = autocast_dtype(x)
         if weight.dtype is not x.dtype and dtype is x.dtype:
             refuse("weight", weight, "", x.dtype, device)
     else:
@@ -263,7 +264,8 @@ def lora_linear(
     adapters in fp32 beside a bf16 x). Returns [..., N] of x's dtype, contiguous.
 
     T = s · dropout(X) Aᵀ is rounded to x's dtype; every sum runs in fp32. With a dense W, torch's own GEMM
-    adds to the addend, which costs one more rounding to x's dtype.
+    adds to the addend, which costs one more rounding to x's dtype; its bits are torch's, and in fp32 they may
+    depend on the thread count, while with a QuantizedWeight they do not.
 
     Backward, with G = s · dY B: dX = dY W + G A, dA = Gᵀ X, dB = dYᵀ T, dbias = Σ dY, each in its own
     parameter's dtype, and only those that are asked for. A QuantizedWeight is frozen; a dense W that requires
@@ -285,7 +287,7 @@ def lora_linear(
     seed = None if dropout == 0.0 else draw_seed(x.device)
     if isinstance(weight, QuantizedWeight):
         quantized, dense = weight, None
-        direct = is_direct(x, lora_A, lora_B, bias, weight.packed)
+        direct = is_direct(x, lora_A, lora_B, bias) and type(weight.packed) in PLAIN
     else:
         quantized, dense = None, weight if weight.dtype is dtype else weight.to(dtype)
         direct = is_direct(x, lora_A, lora_B, bias, dense)
