@@ -6,26 +6,26 @@
 //     plain        A = 16 rows of W,  B = 16 rows of x, transposed once per call     C = outᵀ
 //     transposed   A = 16 rows of x,  B = 32 rows of W in pairs                      C = out
 //   a step         32 of the contraction for 2 x 2 C tiles: 4 tile loads, 4 TDPBF16PS
-//   a chunk        up to 20 steps. W's tiles of the next chunk are decoded while this chunk's are multiplied:
-//   between
-//                  two steps stand a slice of decoding, of adding C tiles and of writing out finished ones,
-//                  so that the vector units work in the shadow of the tile unit.
+//   a chunk        up to 20 steps. W's tiles of the next chunk are decoded while this chunk's are multiplied: between
+//                  two steps stand a slice of decoding, of adding C tiles and of writing out finished ones, so that
+//                  the vector units work in the shadow of the tile unit.
 //   a panel        32 … 256 outputs; one thread takes a panel through all of its chunks
-//   C              goes out after a chunk to a 4 KB buffer and is added with vector instructions during the
-//   next block:
-//                  loading it back into tiles would stall them. With at most 32 rows of x and a panel of 32
+//   C              goes out after a chunk to a 4 KB buffer and is added with vector instructions during the next
+//                  block: loading it back into tiles would stall them. With at most 32 rows of x and a panel of 32
 //                  outputs it stays in tiles over all of the contraction.
 //   addend         the contraction goes on: x with t, W with u, in natural order
 //
-// Decoding 128 weights: 3 shifts, 2 ternary ands, 4 VPERMW, 2 multiplies and a convert for the table, 4
-// stores: 14 vector micro-operations on two ports, 7 cycles; 512 weights (an A tile) 28.
+// Decoding 128 weights: 3 shifts, 2 ternary ands, 4 VPERMW, 2 multiplies and a convert for the table, 4 stores: 14
+// vector micro-operations on two ports, 7 cycles; 512 weights (an A tile) 28.
 //
-//   floor            rows · inner · outputs / 512 cycles of one core, or inner · outputs · 0.56 bytes of
-//   memory rows <= 16       a step is 32 cycles of tiles, 56 of decoding rows <= 32       64 of tiles, 56 of
-//   decoding: both units are full rows = 64, 256   64 of tiles, 28 and 7 of decoding, 3 … 8 of adding C loads
-//   x from L1 and W from L2 (W from L1 and x from L2 up to 32 rows): 2 KB of each in a step
+//   floor            rows · inner · outputs / 512 cycles of one core, or inner · outputs · 0.56 bytes of memory
+//   rows <= 16       a step is 32 cycles of tiles, 56 of decoding
+//   rows <= 32       64 of tiles, 56 of decoding: both units are full
+//   rows = 64, 256   64 of tiles, 28 and 7 of decoding, 3 … 8 of adding C
+//   loads            x from L1 and W from L2 (W from L1 and x from L2 up to 32 rows): 2 KB of each in a step
 //
-// Everything else (dense weights, blocks that straddle rows) takes the common driver of matmul.inl.
+// The adapters' thin products read their long side where it lies. At most 3 rows: dot products. Everything
+// else (dense weights, blocks that straddle rows) takes the common driver of matmul.inl.
 #define PEFTKERN_ISA amx
 #include "cpu/vec_avx512.h"
 
@@ -42,11 +42,13 @@ constexpr int kRow = 64;        // bytes from row to row of a contiguous tile
 constexpr int kTileLanes = 16;
 constexpr int kStepDepth = 32;
 
-// Tiles 0 … 3: C, 4 and 5, 6 and 7: the operands. Each has `rows` rows, but for those that hold pairs.
+inline void prefetch_l2(uintptr_t at) { _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T1); }
+
+// Tiles 0 … 3: C, from 4 on: A, then B. C and A have `rows` rows; less than 16 only while tile 4 alone is A.
 inline TileConfig tile_shapes(int64_t rows) {
   TileConfig config;
   for (int t = 0; t < 8; ++t) {
-    config.rows[t] = static_cast<uint8_t>(t < 6 ? rows : 16);
+    config.rows[t] = static_cast<uint8_t>(t < 5 ? rows : 16);
     config.row_bytes[t] = kTileRowBytes;
   }
   return config;
@@ -57,7 +59,7 @@ struct AmxKernel : Bf16Panels {
   static constexpr int kLanes = kTileLanes;
   static constexpr int kDepth = 1024;
   static constexpr int kPanelRows = 32;
-  static constexpr int kPanelColumns = 64;
+  static constexpr int kPanelColumns = 128;
   static constexpr int kMaxRows = 256;
   static constexpr int kRowSplit = 32;
   static constexpr int kRowSplitTransposed = 32;
@@ -72,53 +74,64 @@ struct AmxKernel : Bf16Panels {
     Bf16Panels::decode_pairs<kPanelColumns>(w, row0, n, depth, width, o0, outputs, panel);
   }
 
-  template <int T>
-  static void load_sum(const float* c, int64_t stride, bool empty) {
-    empty ? tile_zero<T>() : tile_load<T>(c, stride);
+  // C tile N of R x V: zero, loaded or stored, then the next one.
+  template <int R, int V, int N = 0>
+  static void begin(const float* c, int64_t stride, bool empty) {
+    if constexpr (N < R * V) {
+      empty ? tile_zero<N>() : tile_load<N>(c + N / V * 16 * stride + N % V * 16, 4 * stride);
+      begin<R, V, N + 1>(c, stride, empty);
+    }
+  }
+  template <int R, int V, int N = 0>
+  static void end(float* c, int64_t stride) {
+    if constexpr (N < R * V) {
+      tile_store<N>(c + N / V * 16 * stride + N % V * 16, 4 * stride);
+      end<R, V, N + 1>(c, stride);
+    }
+  }
+  template <int R, int V, int N = 0>
+  static void step(const Bf16* a, int64_t a_stride, const Bf16* b, int64_t b_stride) {
+    if constexpr (N < R * V) {
+      constexpr int r = N / V, v = N % V;
+      if constexpr (v == 0) tile_load<4 + r>(a + r * 16 * a_stride, 2 * a_stride);
+      if constexpr (r == 0) tile_load<4 + R + v>(b + 32 * v, 2 * b_stride);
+      tile_dpbf16<N, 4 + r, 4 + R + v>();
+      step<R, V, N + 1>(a, a_stride, b, b_stride);
+    }
   }
 
   // R x V C tiles at c, over all pairs.
   template <int R, int V>
   static void block(int64_t pairs, const Bf16* a, int64_t a_stride, const Bf16* b, int64_t b_stride, float* c,
                     int64_t c_stride, bool empty) {
-    const int64_t a_bytes = a_stride * 2, b_bytes = b_stride * 2, c_bytes = c_stride * 4;
-    float* below = c + 16 * c_stride;
-    load_sum<0>(c, c_bytes, empty);
-    if constexpr (V == 2) load_sum<1>(c + 16, c_bytes, empty);
-    if constexpr (R == 2) load_sum<2>(below, c_bytes, empty);
-    if constexpr (R == 2 && V == 2) load_sum<3>(below + 16, c_bytes, empty);
-    for (int64_t q = 0; q < pairs; q += 16, a += kStepDepth, b += 16 * b_stride) {
-      tile_load<6>(b, b_bytes);
-      tile_load<4>(a, a_bytes);
-      tile_dpbf16<0, 4, 6>();
-      if constexpr (R == 2) {
-        tile_load<5>(a + 16 * a_stride, a_bytes);
-        tile_dpbf16<2, 5, 6>();
-      }
-      if constexpr (V == 2) {
-        tile_load<7>(b + 32, b_bytes);
-        tile_dpbf16<1, 4, 7>();
-        if constexpr (R == 2) tile_dpbf16<3, 5, 7>();
-      }
-    }
-    tile_store<0>(c, c_bytes);
-    if constexpr (V == 2) tile_store<1>(c + 16, c_bytes);
-    if constexpr (R == 2) tile_store<2>(below, c_bytes);
-    if constexpr (R == 2 && V == 2) tile_store<3>(below + 16, c_bytes);
+    static_assert(R * V <= 4 && R + V <= 4, "eight tiles");
+    begin<R, V>(c, c_stride, empty);
+    for (int64_t q = 0; q < pairs; q += 16, a += kStepDepth, b += 16 * b_stride)
+      step<R, V>(a, a_stride, b, b_stride);
+    end<R, V>(c, c_stride);
   }
 
+  // A product waits 52 cycles for the one before it on the same C tile: 3 or 4 of them at a time.
   template <int R>
   static void blocks(int64_t vectors, int64_t pairs, const Bf16* a, int64_t a_stride, const Bf16* b,
                      int64_t b_stride, float* c, int64_t c_stride, bool empty) {
-    for (; vectors >= 2; vectors -= 2, b += 64, c += 32)
-      block<R, 2>(pairs, a, a_stride, b, b_stride, c, c_stride, empty);
-    if (vectors) block<R, 1>(pairs, a, a_stride, b, b_stride, c, c_stride, empty);
+    constexpr int kMost = 4 - R;
+    for (; vectors >= kMost; vectors -= kMost, b += 32 * kMost, c += 16 * kMost)
+      block<R, kMost>(pairs, a, a_stride, b, b_stride, c, c_stride, empty);
+    if constexpr (kMost > 1) {
+      if (vectors == kMost - 1) block<R, kMost - 1>(pairs, a, a_stride, b, b_stride, c, c_stride, empty);
+    }
+    if constexpr (kMost > 2) {
+      if (vectors == 1) block<R, 1>(pairs, a, a_stride, b, b_stride, c, c_stride, empty);
+    }
   }
 
   // The last rows % 16 rows have tiles of just that height: neither A nor C is touched beyond them.
   static void multiply(int64_t rows, int64_t vectors, int64_t pairs, const Bf16* a, int64_t a_stride,
                        const Bf16* b, int64_t b_stride, float* c, int64_t c_stride, bool empty) {
     if (rows >= 16) tile_configure(tile_shapes(16));
+    for (; vectors == 1 && rows >= 48; rows -= 48, a += 48 * a_stride, c += 48 * c_stride)
+      blocks<3>(vectors, pairs, a, a_stride, b, b_stride, c, c_stride, empty);
     for (; rows >= 32; rows -= 32, a += 32 * a_stride, c += 32 * c_stride)
       blocks<2>(vectors, pairs, a, a_stride, b, b_stride, c, c_stride, empty);
     for (; rows >= 16; rows -= 16, a += 16 * a_stride, c += 16 * c_stride)
@@ -130,6 +143,155 @@ struct AmxKernel : Bf16Panels {
     tile_release();
   }
 };
+
+// The products of the adapters, which are thin on one side. The other side is read where it lies, once.
+//
+//   few outputs   x Aᵀ, dY B: rows of x are A tiles as they are; the weight, [outputs, inner] by any strides,
+//   becomes
+//                 pairs [inner / 2][outputs][2], once per call
+//   few rows      Gᵀ X, Tᵀ dY: rows of the weight become pairs in L2 on their way, 128 columns at a time
+constexpr int64_t kThin = 64;
+constexpr double kThinSerial = 1 << 19;
+
+inline bool contiguous_rows(const Matrix& a) { return a.dtype == DType::bf16 && a.stride1 == 1; }
+inline bool few_outputs(const MatmulParams& p) {
+  return !p.weight4.packed && !p.rank && p.outputs <= kThin && p.inner >= kStepDepth && contiguous_rows(p.x);
+}
+inline bool few_rows(const MatmulParams& p) {
+  return !p.weight4.packed && !p.rank && p.rows <= kThin && p.transposed && p.inner > 0 &&
+         contiguous_rows(p.dense);
+}
+inline int thin_threads(const MatmulParams& p) {
+  const double work =
+      static_cast<double>(p.rows) * static_cast<double>(p.outputs) * static_cast<double>(p.inner);
+  return work < kThinSerial ? 1 : p.threads;
+}
+
+// c [rows, stride]: rows m0 …, outputs o0 … of out
+inline void write_sums(const MatmulParams& p, int64_t m0, int64_t rows, int64_t o0, int64_t outputs, float* c,
+                       int64_t stride) {
+  alignas(64) float bias[128];
+  if (p.bias.data) read_row(p.bias, 0, o0, outputs, bias);
+  for (int64_t m = 0; m < rows; ++m, c += stride) {
+    for (int64_t o = 0; o < outputs; ++o) c[o] = c[o] * p.alpha;
+    if (p.bias.data)
+      for (int64_t o = 0; o < outputs; ++o) c[o] += bias[o];
+    write_row(p.out, m0 + m, o0, c, outputs);
+  }
+}
+
+inline void run_few_outputs(const MatmulParams& p) {
+  const Matrix w = p.transposed ? transposed(p.dense) : p.dense;  // [outputs, inner]
+  const int64_t vectors = ceil_div(p.outputs, 16), steps = ceil_div(p.inner, kStepDepth);
+  const int64_t b_stride = 32 * vectors, whole = p.inner / kStepDepth, left = p.inner % kStepDepth;
+  const int threads = thin_threads(p);
+  const int64_t group = vectors == 1 && p.rows >= 96 * threads ? 48 : 32;
+  const int64_t step_elems = 16 * b_stride;
+  Bf16* b = static_cast<Bf16*>(scratch(static_cast<size_t>(steps * step_elems) * sizeof(Bf16)));
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+#pragma omp for schedule(static)
+    for (int64_t s = 0; s < steps; ++s) {
+      const int64_t c0 = kStepDepth * s, n = min_of<int64_t>(kStepDepth, p.inner - c0);
+      Bf16* step = b + s * step_elems;
+      if (w.stride1 == 1) {  // along the contraction: 16 outputs are transposed, pair by pair
+        alignas(64) Bf16 rows[16][kStepDepth];
+        for (int64_t v = 0; v < vectors; ++v) {
+          for (int64_t r = 0; r < 16; ++r) {
+            const int64_t valid = 16 * v + r < p.outputs ? n : 0;
+            if (valid) read_row(w, 16 * v + r, c0, valid, rows[r]);
+            std::memset(rows[r] + valid, 0, static_cast<size_t>(kStepDepth - valid) * sizeof(Bf16));
+          }
+          transpose(reinterpret_cast<const float*>(rows), 16, reinterpret_cast<float*>(step) + 16 * v,
+                    b_stride / 2);
+        }
+      } else {  // along the outputs
+        alignas(64) Bf16 rows[2][kThin];
+        for (int64_t q = 0; q < 16; ++q) {
+          for (int64_t i = 0; i < 2; ++i) {
+            const int64_t valid = 2 * q + i < n ? p.outputs : 0;
+            if (valid) read_row(transposed(w), c0 + 2 * q + i, 0, valid, rows[i]);
+            std::memset(rows[i] + valid, 0, static_cast<size_t>(kThin - valid) * sizeof(Bf16));
+          }
+          Bf16Panels::interleave(rows[0], rows[1], vectors, step + q * b_stride);
+        }
+      }
+    }
+    alignas(64) float c[48 * kThin];
+    alignas(64) Bf16 last[48][kStepDepth];
+#pragma omp for schedule(static)
+    for (int64_t g = 0; g < ceil_div(p.rows, group); ++g) {
+      const int64_t m0 = group * g, rows = min_of(group, p.rows - m0);
+      const Bf16* x = static_cast<const Bf16*>(p.x.data) + m0 * p.x.stride0;
+      AmxKernel::multiply(rows, vectors, 16 * whole, x, p.x.stride0, b, b_stride, c, 16 * vectors, true);
+      if (left) {
+        for (int64_t m = 0; m < rows; ++m) {
+          std::memcpy(last[m], x + m * p.x.stride0 + kStepDepth * whole,
+                      static_cast<size_t>(left) * sizeof(Bf16));
+          std::memset(last[m] + left, 0, static_cast<size_t>(kStepDepth - left) * sizeof(Bf16));
+        }
+        AmxKernel::multiply(rows, vectors, 16, last[0], kStepDepth, b + whole * step_elems, b_stride, c,
+                            16 * vectors, false);
+      }
+      write_sums(p, m0, rows, 0, p.outputs, c, 16 * vectors);
+    }
+  }
+}
+
+inline void run_few_rows(const MatmulParams& p) {
+  constexpr int64_t kColumns = 128, kDepth = 512;
+  const int threads = thin_threads(p);
+  const int64_t inner = round_up(p.inner, kStepDepth);
+  const int64_t a_stride = inner + kStepDepth;  // rows on different cache sets
+  const int64_t a_bytes = round_up(p.rows * a_stride * 2, 64), b_bytes = kDepth * kColumns * 2;
+  const int64_t own_bytes = b_bytes + kThin * kColumns * 4;
+  char* memory = static_cast<char*>(scratch(static_cast<size_t>(a_bytes + threads * own_bytes)));
+  Bf16* a = reinterpret_cast<Bf16*>(memory);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    Bf16* b = reinterpret_cast<Bf16*>(memory + a_bytes + thread_index() * own_bytes);
+    float* c = reinterpret_cast<float*>(b) + b_bytes / 4;
+#pragma omp for schedule(static)
+    for (int64_t m = 0; m < p.rows; ++m) {
+      read_row(p.x, m, 0, p.inner, a + m * a_stride);
+      std::memset(a + m * a_stride + p.inner, 0, static_cast<size_t>(inner - p.inner) * sizeof(Bf16));
+    }
+#pragma omp for schedule(dynamic)
+    for (int64_t task = 0; task < ceil_div(p.outputs, kColumns); ++task) {
+      const int64_t o0 = kColumns * task, outputs = min_of(kColumns, p.outputs - o0);
+      const int64_t vectors = ceil_div(outputs, 16), whole = outputs / 16;
+      for (int64_t c0 = 0; c0 < inner; c0 += kDepth) {
+        const int64_t depth = min_of(kDepth, inner - c0);
+        for (int64_t q = 0; q < depth; q += 2) {
+          const Bf16* row[2];
+          alignas(64) Bf16 none[kColumns + 16], edge[2][16];
+          for (int64_t i = 0; i < 2; ++i) {
+            row[i] = static_cast<const Bf16*>(p.dense.data) + (c0 + q + i) * p.dense.stride0 + o0;
+            if (c0 + q + i >= p.inner) {
+              std::memset(none, 0, sizeof(none));
+              row[i] = none;
+            } else {  // the row that lies `kAhead` below is on no page that the hardware would guess
+              constexpr int64_t kAhead = 16;
+              for (int64_t line = 0; line < kColumns; line += 32)
+                prefetch_l2(reinterpret_cast<uintptr_t>(row[i]) +
+                            static_cast<uintptr_t>(2 * (kAhead * p.dense.stride0 + line)));
+            }
+            if (whole < vectors) {
+              const int64_t n = outputs - 16 * whole;
+              std::memcpy(edge[i], row[i] + 16 * whole, static_cast<size_t>(n) * sizeof(Bf16));
+              std::memset(edge[i] + n, 0, static_cast<size_t>(16 - n) * sizeof(Bf16));
+            }
+          }
+          Bf16Panels::interleave(row[0], row[1], whole, b + q * kColumns);
+          if (whole < vectors) Bf16Panels::interleave(edge[0], edge[1], 1, b + q * kColumns + 32 * whole);
+        }
+        AmxKernel::multiply(p.rows, vectors, depth / 2, a + c0, a_stride, b, 2 * kColumns, c, kColumns,
+                            c0 == 0);
+      }
+      write_sums(p, 0, p.rows, o0, outputs, c, kColumns);
+    }
+  }
+}
 
 // absmax of n <= 16 runs of 64 weights from flat index start on: where it lies, or spread out in buffer [16].
 inline const float* absmax_runs(const Weight4& w, int64_t start, int64_t n, float* buffer) {
@@ -179,8 +341,6 @@ inline void look_up(__m512i words, __m512i second, __m512i table, Bf16* out, int
 inline __m512i scaled_table(__m512 code, float first, float second) {
   return bf16_pair(_mm512_mul_ps(code, _mm512_set1_ps(second)), _mm512_mul_ps(code, _mm512_set1_ps(first)));
 }
-
-inline void prefetch_l2(uintptr_t at) { _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T1); }
 
 // kStays: C stays in tiles over all of the contraction.
 template <bool kTransposed, bool kStays>
@@ -786,6 +946,8 @@ void matmul_bf16(const MatmulParams& p) {
     if (p.rows > 32) return Pipeline<false, false>(p).run();
     return Pipeline<false, true>(p).run();
   }
+  if (few_outputs(p)) return run_few_outputs(p);
+  if (few_rows(p)) return run_few_rows(p);
   Matmul<AmxKernel>(p).run();
 }
 

@@ -13,9 +13,8 @@
 // A contraction is never split between threads and its order is a function of the shape alone: the same bits
 // whatever the number of threads. Rows of x meet only as lanes, never in a sum.
 //
-//   floor      2 * rows * inner * outputs flops at the peak of the multiply, or inner * outputs / 2 bytes of
-//   memory overhead   decode ≈ 9 cycles per 128 weights per block of kMaxRows rows of x: 2 % of the multiply
-//   at 256 rows
+//   floor      2 * rows * inner * outputs flops at the peak of the multiply, or inner * outputs / 2 bytes of memory
+//   overhead   decode: 17 cycles per 128 weights, once per block of kMaxRows rows of x (2 * rows cycles of multiply)
 #pragma once
 
 #include <cstddef>

@@ -1,14 +1,16 @@
 // The vector type of the scalar level: four floats that any compiler can keep in one register.
 // The same interface stands in vec_avx2.h and vec_avx512.h; the .inl files are written against it.
 //
-//   load/store(T*)        T in float, Bf16, F16; conversion to and from fp32, round to nearest even, NaN
-//   stays NaN load_n/store_n        the first n < kWidth elements, nothing beyond them is touched; missing
-//   lanes load as 0 CodeTable             16 fp32 codes in registers lookup(table, p)      kWidth weights,
-//   the first in the high nibble of p[0]; reads kWidth/2 bytes BlockTable<T>         the 16 values round(code
-//   * absmax) of one block, as T decode(table, p, out) 32 of its weights from 16 bytes max_abs, reduce_max
-//   the largest magnitude, NaN if there is one encode(buckets, x, p) kWidth nibbles into kWidth/2 bytes:
-//   bucket = #{j : not bounds[j] >= x}, nibble = order[bucket] transpose             kWidth x kWidth block of
-//   floats
+//   load/store(T*)          T in float, Bf16, F16; to and from fp32, round to nearest even, NaN stays NaN
+//   load_n/store_n          the first n < kWidth elements, nothing beyond is touched; missing lanes load as 0
+//   CodeTable               16 fp32 codes in registers
+//   lookup(table, p)        kWidth weights, the first in the high nibble of p[0]; reads kWidth/2 bytes
+//   BlockTable<T>           the 16 values round(code * absmax) of one block, as T
+//   decode(table, p, out)   32 of its weights from 16 bytes
+//   max_abs, reduce_max     the largest magnitude, NaN if there is one
+//   encode(buckets, x, p)   kWidth nibbles into kWidth/2 bytes:
+//                           bucket = #{j : not bounds[j] >= x}, nibble = order[bucket]
+//   transpose               kWidth x kWidth block of floats
 #pragma once
 
 #include <cmath>
