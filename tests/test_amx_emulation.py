@@ -1,8 +1,8 @@
 """The model of AMX that stands in for it on other CPUs: TDPBF16PS by its definition, faults by the manual.
 
 Definition (Intel SDM, TDPBF16PS), for each element of C: two sums over the pairs from 0, of the even and of
-the odd products, each step one FMA; then even + odd, then that onto C. Every operation rounds to nearest even,
-takes subnormal inputs as zeros and makes zeros of subnormal results.
+the odd products, each step one FMA; then even + odd, then that onto C. Every operation rounds to nearest
+even, takes subnormal inputs as zeros and makes zeros of subnormal results.
 """
 
 from __future__ import annotations
