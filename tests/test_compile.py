@@ -322,6 +322,20 @@ def test_second_derivatives_raise() -> None:
         func.grad(lambda x: func.grad(lambda x: lora_linear(x, weight, A, B).square().sum())(x).sum())(x)
 
 
+@pytest.mark.parametrize(("first", "second"), [(i, j) for i in range(3) for j in range(3) if i != j])
+def test_mixed_second_derivatives_raise(first: int, second: int) -> None:
+    """d/dx, d/dA and d/dB of each other, where dY is constant: an error, never silent zeros."""
+    weight = weight_of("plain")
+    tensors = [tensor.detach() for tensor in operands()[:3]]
+
+    def loss(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        return lora_linear(x, weight, A, B).sum()
+
+    inner = torch.func.grad(loss, first)
+    with pytest.raises(RuntimeError, match="double backward and forward mode are not implemented"):
+        torch.func.grad(lambda *all_: inner(*all_).sum(), second)(*tensors)
+
+
 def test_library_ops_have_no_silent_derivative() -> None:
     """Called bare, a library op raises in backward and under forward mode; it never gives zero."""
     x, A = torch.randn(6, K, requires_grad=True), torch.randn(R, K)

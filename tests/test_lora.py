@@ -248,6 +248,21 @@ def test_double_backward_raises() -> None:
         torch.autograd.grad(y.square().sum(), o["x"], create_graph=True)
 
 
+@pytest.mark.parametrize("first", ["x", "lora_A", "lora_B"])
+@pytest.mark.parametrize("second", ["x", "lora_A", "lora_B"])
+def test_penalty_on_a_gradient_raises(first: str, second: str) -> None:
+    """Each gradient is made of the other two operands: a graph of it without them would be silently wrong,
+    even where dY itself is constant. With those frozen it is a constant, as it should be."""
+    o = {name: tensor.detach().requires_grad_(name in (first, second)) for name, tensor in make().items()}
+    y = lora_linear(o["x"], quantized(), o["lora_A"], o["lora_B"], 0.5)
+    if first == second:
+        (gradient,) = torch.autograd.grad(y.sum(), o[first], create_graph=True)
+        assert not gradient.requires_grad
+        return
+    with pytest.raises(RuntimeError, match="lora_linear: double backward is not implemented"):
+        torch.autograd.grad(y.sum(), o[first], create_graph=True)
+
+
 def _everything(
     dtype: torch.dtype, M: int, weight: Tensor | QuantizedWeight, o: dict[str, Tensor]
 ) -> list[Tensor]:

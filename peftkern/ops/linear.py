@@ -335,8 +335,11 @@ register(
 register("dropout(Tensor x, float p, Tensor seed) -> Tensor", _dropout, _dropout_fake)
 
 
-def no_double_backward(grad: Tensor, op: str) -> None:
-    if grad.requires_grad and torch.is_grad_enabled():
+def no_double_backward(ctx: Any, grad: Tensor, op: str) -> None:
+    """create_graph asks for a graph of the gradients: raise if anything they are made of requires grad."""
+    if torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in (grad, *ctx.saved_tensors)
+    ):
         raise RuntimeError(f"{op}: double backward is not implemented")
 
 
@@ -380,7 +383,7 @@ class _Linear4bit(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        no_double_backward(grad, "linear_4bit")
+        no_double_backward(ctx, grad, "linear_4bit")
         return _backward(ctx, not is_direct(grad), grad)
 
 

@@ -151,12 +151,13 @@ class _LoraLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        no_double_backward(grad, "lora_linear")
+        no_double_backward(ctx, grad, "lora_linear")
         return *_backward(ctx, not is_direct(grad), grad), None, None, None, None
 
 
 class _LoraLinearTraced(torch.autograd.Function):
-    """T is a second output: functorch saves nothing but inputs and outputs."""
+    """T is a second output: functorch saves nothing but inputs and outputs. It stays differentiable, so that
+    dB, which is made of it, raises when it is differentiated again."""
 
     generate_vmap_rule = True
 
@@ -182,7 +183,6 @@ class _LoraLinearTraced(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.mark_non_differentiable(output[1])
         x, A, B, bias, dense, seed, *tensors, spec, scaling, p = inputs
         _save(ctx, x, A, B, bias, dense, seed, tuple(tensors), spec, scaling, p, output[1])
 
