@@ -95,7 +95,7 @@ def use_backend(name: str | None) -> Iterator[None]:
     """Run every op inside the block on backend `name` ("cpu", "reference"), or raise where it cannot run one.
 
     None restores the automatic choice. It holds for the current thread (or asyncio task) and nests. A
-    backward pass runs on the backend that its forward ran on. Raises ValueError for an unknown name.
+    backward pass chooses where it runs: call it inside the block too. Raises ValueError for an unknown name.
     """
     if name is not None:
         _check_name("name", name)
