@@ -141,13 +141,14 @@ def lora_linear(
     [N] → [..., N].
 
     drop(x) = where(keep, x, 0) / (1 - dropout) with the mask of `dropout_mask(seed, x.shape, dropout)`; a
-    dropped NaN or Inf is 0. Without a seed it takes one from torch's default CPU generator. W may be dense,
-    and gets a gradient then if it asks for one. T = X Aᵀ is not rounded.
+    dropped NaN or Inf is 0; dropout = 1 leaves the base product alone. Without a seed it takes one from
+    torch's generator of x's device. W may be dense, and gets a gradient then if it asks for one. T = X Aᵀ is
+    not rounded.
 
-    Raises ValueError for a dropout outside [0, 1).
+    Raises ValueError for a dropout outside [0, 1].
     """
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"dropout: expected 0 <= dropout < 1, got {dropout}")
+    if not 0.0 <= dropout <= 1.0:
+        raise ValueError(f"dropout: expected 0 <= dropout <= 1, got {dropout}")
     x = _autocast(x)
     # one cast for both branches, so that dX too is rounded once
     wide = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
@@ -155,7 +156,7 @@ def lora_linear(
     if dropout > 0.0:
         mask = dropout_mask(draw_seed(x.device) if seed is None else seed, x.shape, dropout, x.device)
         dropped = torch.where(mask, wide, 0.0)
-    t = matmul(dropped, lora_A, alpha=scaling / (1.0 - dropout))
+    t = matmul(dropped, lora_A, alpha=scaling / (1.0 - dropout) if dropout < 1.0 else 0.0)
     return matmul(wide, weight, t=t, u=lora_B, bias=bias).to(x.dtype)
 
 

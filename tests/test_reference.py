@@ -130,9 +130,19 @@ def test_lora_linear_draws_its_seed_from_torch() -> None:
     seed = reference.draw_seed()
     assert torch.equal(reference.lora_linear(x, weight, A, B, dropout=0.5, seed=seed), y)
     assert not torch.equal(other, y)
-    for p in (1.0, -0.1, math.nan):
-        with pytest.raises(ValueError, match=r"dropout: expected 0 <= dropout < 1"):
+    for p in (1.1, -0.1, math.nan):
+        with pytest.raises(ValueError, match=r"dropout: expected 0 <= dropout <= 1"):
             reference.lora_linear(x, weight, A, B, dropout=p)
+
+
+def test_dropout_of_one_is_the_base_alone() -> None:
+    """Everything that the op takes, the oracle takes: p = 1 drops all of the adapter's input."""
+    weight = quantized(8, 64)
+    x, A, B = (torch.randn(shape, requires_grad=True) for shape in ((16, 64), (2, 64), (8, 2)))
+    y = reference.lora_linear(x, weight, A, B, dropout=1.0)
+    assert torch.equal(y, reference.linear_4bit(x, weight))
+    for gradient in torch.autograd.grad(y.sum(), (A, B)):
+        assert not bool(gradient.any())
 
 
 def test_a_dropped_infinity_is_zero() -> None:
