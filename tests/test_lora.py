@@ -290,6 +290,51 @@ def test_bits_do_not_depend_on_the_thread_count(dtype: torch.dtype, isa: str) ->
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("M", "N", "K", "R"),
+    [
+        (3, 33, 192, 8),  # an odd number of blocks in a row: absmax of the next one is at any address
+        (11, 70, 1344, 70),
+        (20, 70, 1344, 8),
+        (260, 449, 704, 40),
+        (520, 192, 330, 16),
+    ],
+)
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_more_than_a_kernel_takes_at_a_time(
+    M: int, N: int, K: int, R: int, double_quant: bool, dtype: torch.dtype, isa: str
+) -> None:
+    """Several blocks of rows, chunks of the contraction and panels of outputs, each with a ragged end: right,
+    and the same bits from any number of threads and beside any other rows."""
+    o = make(N, K, R, M, dtype)
+    grad = torch.randn(M, N).to(dtype)
+    weight = quantized(N, K, double_quant=double_quant)
+
+    def step(x: Tensor, grad: Tensor) -> dict[str, Tensor]:
+        inputs = {**o, "x": x}
+        y = lora_linear(x, weight, o["lora_A"], o["lora_B"], 0.75, o["bias"])
+        return {"y": y, **dict(zip(o, torch.autograd.grad(y, list(inputs.values()), grad), strict=True))}
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        first = step(o["x"], grad)
+        expected = bounds.linear(o["x"], weight, o["bias"], grad, o["lora_A"], o["lora_B"], 0.75)
+        for name, tensor in first.items():
+            bounds.check(name, tensor, expected[name])
+        torch.set_num_threads(3)
+        for name, tensor in step(o["x"], grad).items():
+            assert torch.equal(tensor, first[name]), name
+        kept = (torch.arange(M) % 37 == 2)[:, None]
+        dirty = torch.where(kept, o["x"].detach(), torch.nan).requires_grad_()
+        second = step(dirty, torch.where(kept, grad, torch.inf))
+        for name in ("y", "x"):
+            assert torch.equal(second[name][kept[:, 0]], first[name][kept[:, 0]]), name
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_a_bad_row_stays_alone(value: float, dtype: torch.dtype, isa: str) -> None:

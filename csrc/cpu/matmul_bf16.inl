@@ -248,8 +248,8 @@ inline void dot_rows_4bit(const MatmulParams& p, const DotRow* w, const Bf16* x,
           reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(bytes) + static_cast<uintptr_t>(ahead)),
           _MM_HINT_T1);
       const float* a = w[r].absmax + (k >> 7) * per_chunk;
-      absmax[r] =
-          units_of_32 ? _mm_loadu_ps(a) : _mm_castpd_ps(_mm_load_sd(reinterpret_cast<const double*>(a)));
+      absmax[r] = units_of_32 ? _mm_loadu_ps(a)
+                              : _mm_castsi128_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(a)));
     }
     chunk(k, words, absmax);
   }
