@@ -1,6 +1,6 @@
 """Fused linear layers with adapters over dense and 4-bit weights, forward and backward."""
 
-from peftkern import reference
+from peftkern import nn, reference
 from peftkern.dispatch import explain, use_backend
 from peftkern.formats import DoubleQuant, QuantizedWeight
 from peftkern.ops.linear import linear_4bit
@@ -19,6 +19,7 @@ __all__ = [
     "lora_delta",
     "lora_linear",
     "merge",
+    "nn",
     "quantize_4bit",
     "reference",
     "use_backend",

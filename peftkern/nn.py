@@ -12,18 +12,20 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from peftkern.formats import QuantizedWeight
-from peftkern.ops.linear import linear_4bit
+from peftkern.ops.linear import DTYPES, check_tensor, linear_4bit
 from peftkern.ops.lora import check_dropout, check_scaling, lora_delta, lora_linear, merge
 
 
 class LoRALinear(nn.Module):
     """Y = X Wᵀ + (alpha / r) · dropout(X) Aᵀ Bᵀ + b with W and b frozen; only lora_A and lora_B train.
 
-    weight   [out_features, in_features], dense or QuantizedWeight, kept by reference; None draws a dense one
-    as nn.Linear lora_A   [r, in_features], lora_B [out_features, r], of adapter_dtype: A Kaiming-uniform, B
-    zero, as PEFT starts them alpha    scaling is alpha / r; None means r, a scaling of 1
-    bias     a tensor [out_features] or None
-    dropout  probability on the adapter's input, in training mode only
+    - weight: [out_features, in_features], dense (fp32, bf16 or fp16) or QuantizedWeight, kept by reference;
+      None draws a dense one as nn.Linear does, of `dtype` on `device`, which are for that alone
+    - lora_A [r, in_features] and lora_B [out_features, r], of adapter_dtype (fp32, bf16 or fp16): A
+      Kaiming-uniform, B zero, as PEFT starts them
+    - alpha: scaling is alpha / r; None means r, a scaling of 1
+    - bias: a tensor [out_features] or None
+    - dropout: probability on the adapter's input, in training mode only
 
     A QuantizedWeight moves with .to(device); .to(dtype), .half() and the like leave its bytes and scales as
     they are. The state_dict holds it under bitsandbytes' keys ("weight", "weight.absmax", …) and always
@@ -55,21 +57,33 @@ class LoRALinear(nn.Module):
                 raise ValueError(f"{name}: expected at least 1, got {value}")
         check_dropout(dropout)
         self.in_features, self.out_features, self.r = in_features, out_features, r
+        if alpha is not None and (not isinstance(alpha, (int, float)) or isinstance(alpha, bool)):
+            raise TypeError(f"alpha: expected a number or None, got {type(alpha).__name__}")
         self.alpha = float(r if alpha is None else alpha)
         self.scaling = self.alpha / r
         check_scaling(self.scaling)
         self.dropout = float(dropout)
         self._put_aside(None)
 
+        for name, kind in (("dtype", dtype), ("adapter_dtype", adapter_dtype)):
+            if kind is not None and kind not in DTYPES:
+                raise TypeError(f"{name}: expected torch.float32, bfloat16 or float16, got {kind!r}")
         if weight is None:
             weight = nn.Linear(in_features, out_features, bias=False, device=device, dtype=dtype).weight
         elif not isinstance(weight, (Tensor, QuantizedWeight)):
             raise TypeError(f"weight: expected a tensor or a QuantizedWeight, got {type(weight).__name__}")
-        if tuple(weight.shape) != (out_features, in_features):
-            expected = [out_features, in_features]
-            raise ValueError(f"weight: expected shape {expected}, got {list(weight.shape)}")
-        if bias is not None and tuple(bias.shape) != (out_features,):
-            raise ValueError(f"bias: expected shape [{out_features}], got {list(bias.shape)}")
+        else:
+            for name, given in (("dtype", dtype), ("device", device)):
+                if given is not None:
+                    raise ValueError(f"{name}: expected None beside a weight, which has its own, got {given}")
+        shape = (out_features, in_features)
+        if isinstance(weight, QuantizedWeight):
+            if weight.shape != shape:
+                raise ValueError(f"weight: expected shape {list(shape)}, got shape {list(weight.shape)}")
+        else:
+            check_tensor("weight", weight, shape, weight.device)
+        if bias is not None:
+            check_tensor("bias", bias, (out_features,), weight.device)
         if isinstance(weight, QuantizedWeight):
             self.weight = weight
         else:
@@ -207,6 +221,8 @@ class LoRALinear(nn.Module):
         except (TypeError, ValueError) as error:
             error_msgs.append(str(error))
             return
+        if strict:
+            unexpected_keys.extend(parts.keys() - weight.state_dict(name).keys())
         if local_metadata.get("assign_to_params_buffers", False):
             self.weight = weight
         else:

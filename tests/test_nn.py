@@ -31,6 +31,10 @@ def layer(kind: str = "nested", bias: bool = True, seed: int = 0, **options: obj
 KINDS = pytest.mark.parametrize("kind", ["plain", "nested", "dense"])
 
 
+def test_is_there_without_an_import_of_its_own() -> None:
+    assert peftkern.nn.LoRALinear is LoRALinear
+
+
 @KINDS
 def test_forward_is_the_op(kind: str) -> None:
     module = layer(kind)
@@ -131,6 +135,10 @@ def test_loading_refuses_what_does_not_fit() -> None:
         layer("nested").load_state_dict(missing)
     with pytest.raises(RuntimeError, match="Unexpected key"):
         layer("nested").load_state_dict({**state, "lora_C": torch.zeros(1)})
+    more = {**state, "weight.bogus": torch.zeros(1)}
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*weight\.bogus"):
+        layer("nested").load_state_dict(more)
+    assert layer("nested").load_state_dict(more, strict=False).missing_keys == []
     broken = {**state, "weight.absmax": state["weight.absmax"][:-1]}
     with pytest.raises(RuntimeError, match=r"weight\.absmax: expected shape"):
         layer("nested").load_state_dict(broken)
@@ -291,7 +299,16 @@ def test_draws_a_weight() -> None:
     (lambda: LoRALinear(K, N, dropout=1.5), ValueError, "dropout: expected a probability"),
     (lambda: LoRALinear(K, N, weight=torch.zeros(K, N)), ValueError, "weight: expected shape .* got"),
     (lambda: LoRALinear(K, N, weight=[1]), TypeError, "weight: expected a tensor or a Quantized.* got list"),
-    (lambda: LoRALinear(K, N, bias=torch.zeros(K)), ValueError, r"bias: expected shape \[40\], got \[96\]"),
+    (lambda: LoRALinear(K, N, bias=torch.zeros(K)), ValueError, r"bias: expected .* got shape \[96\]"),
+    (lambda: LoRALinear(K, N, bias=True), TypeError, "bias: expected a tensor, got bool"),
+    (lambda: LoRALinear(K, N, bias=torch.zeros(N).long()), TypeError, "bias: expected dtype .* got int64"),
+    (lambda: LoRALinear(K, N, bias=torch.zeros(N, device="meta")), ValueError, "bias: expected device cpu"),
+    (lambda: LoRALinear(K, N, weight=torch.zeros(N, K).char()), TypeError, "weight: expected dtype .* int8"),
+    (lambda: LoRALinear(K, N, alpha="8"), TypeError, "alpha: expected a number or None, got str"),
+    (lambda: LoRALinear(K, N, adapter_dtype=torch.int8), TypeError, "adapter_dtype: expected .* torch.int8"),
+    (lambda: LoRALinear(K, N, dtype=torch.float64), TypeError, "dtype: expected .* got torch.float64"),
+    (lambda: LoRALinear(K, N, weight=torch.zeros(N, K), dtype=torch.half), ValueError, "dtype: .* None"),
+    (lambda: LoRALinear(K, N, weight=torch.zeros(N, K), device="meta"), ValueError, "device: expected None"),
     (lambda: LoRALinear.from_linear(nn.Conv2d(1, 1, 1)), TypeError, "linear: expected .* got Conv2d"),
     (lambda: LoRALinear.from_quantized(torch.zeros(N, K)), TypeError, "weight: expected .* got Tensor"),
 ])  # fmt: skip
