@@ -358,11 +358,11 @@ class Pipeline {
     const double cycles = static_cast<double>(p.outputs) * static_cast<double>(p.inner + p.rank) *
                           (1.0 / 16 + static_cast<double>(p.rows) / 512);
     threads = cycles < kSerialCycles ? 1 : p.threads;
-    // Panels: wide enough that x is not fetched too often, narrow enough for L2 and for every thread to get
-    // two.
+    // Panels: wide, so that x is seldom fetched, but W's tiles stay in L2 and all threads end together.
+    const int64_t unit = kTransposed ? 64 : 32;
     width = kStays ? 32 : (p.rows > 128 ? 256 : 128);
-    while (width > 64 && width * p.inner / 2 > kPanelBytes) width /= 2;
-    width = min_of(width, round_up(ceil_div(p.outputs, 2 * threads), kTransposed ? 64 : 32));
+    for (int64_t narrower = width - unit; narrower > 0; narrower -= unit)
+      if (20 * busiest(narrower) < 19 * busiest(width)) width = narrower;
     w_tiles = width / 16;
     panels = ceil_div(p.outputs, width);
   }
@@ -378,21 +378,24 @@ class Pipeline {
     x_packed = reinterpret_cast<Bf16*>(memory);
     bias = p.bias.data ? reinterpret_cast<float*>(memory + x_bytes) : nullptr;
     if (bias) read_row(p.bias, 0, 0, p.outputs, bias);
-    char* first = memory + x_bytes + bias_bytes;
+    char* own = memory + x_bytes + bias_bytes;
 
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-      Worker k(*this, first + own_bytes * thread_index());
+      Worker k(*this, own + own_bytes * thread_index());
       tile_configure(tile_shapes(16));
       for (int64_t m0 = 0; m0 < p.rows; m0 += block_rows) {
         const int64_t rows = min_of(block_rows, p.rows - m0);
         const int64_t groups = ceil_div(steps, 4);
-#pragma omp single nowait
-        claimed = 0;
+        const int64_t first = claim();  // each its first before anyone its second
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < ceil_div(rows, 16) * groups; ++i) pack(m0, rows, i / groups, i % groups);
-        k.run(m0, rows);
+        k.run(m0, rows, first);
+        if (m0 + block_rows < p.rows) {
 #pragma omp barrier
+#pragma omp single
+          claimed = 0;
+        }
       }
       tile_release();
     }
@@ -400,10 +403,11 @@ class Pipeline {
 
  private:
   static constexpr int64_t kMaxRows = 256;
-  static constexpr int64_t kPanelBytes = 1 << 20;
   static constexpr int64_t kPrefetchBytes = 512 << 10;
   static constexpr double kSerialCycles = 8192;
 
+  // Outputs of the thread that has most.
+  int64_t busiest(int64_t w) const { return ceil_div(ceil_div(p.outputs, w), threads) * w; }
   int64_t chunk_begin(int64_t chunk) const { return 4 * (ceil_div(steps, 4) * chunk / chunks); }
   int64_t chunk_end(int64_t chunk) const { return min_of(steps, chunk_begin(chunk + 1)); }
   Bf16* x_tile(int64_t tile, int64_t step) const { return x_packed + (tile * steps + step) * kTile; }
@@ -499,10 +503,10 @@ class Pipeline {
       scales = rows_out + 4 * kSums;
     }
 
-    void run(int64_t m0_, int64_t rows_) {
+    void run(int64_t m0_, int64_t rows_, int64_t panel) {
       m0 = m0_;
       rows = rows_;
-      int64_t panel = l.claim(), chunk = 0;
+      int64_t chunk = 0;
       if (panel >= l.panels) return;
       int64_t after = l.claim();
       int buffer = 0;
