@@ -273,58 +273,64 @@ def restart_peak() -> int | None:
 @dataclass
 class Run:
     label: str
+    model: nn.Module
     weight_bytes: int  # of the projections
-    adapter_bytes: int
     before: float = math.nan
     after: float = math.nan
     losses: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
-    resident_bytes: int | None = None  # before the first step
-    peak_bytes: int | None = None  # of the training steps
+    step_bytes: int | None = None  # what a step adds, at its peak, to the memory that was resident before it
+
+    def trained(self) -> list[nn.Parameter]:
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def adapter_bytes(self) -> int:
+        return sum(p.nbytes for p in self.trained())
 
     def step_seconds(self) -> float:
         """The median: the first step allocates, and other work may share the machine."""
         return statistics.median(self.seconds) if self.seconds else math.nan
 
 
-def train(model: nn.Module, data: Tensor, result: Run, args: argparse.Namespace) -> None:
-    """AdamW on the adapters; the rate rises over the first tenth of the steps, then falls to zero."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=0.0)
-    warmup = max(1, args.steps // 10)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warmup, (args.steps - step) / max(1, args.steps - warmup))
-    )
-    result.resident_bytes = restart_peak()
-    progress = tqdm(
-        batches(data, args.batch, args.steps, args.seed), total=args.steps, desc=f"{result.label}: training"
-    )
-    for rows in progress:
-        start = time.perf_counter()
-        loss = model(input_ids=rows, labels=rows, use_cache=False).loss
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad(set_to_none=True)
-        result.losses.append(loss.item())
-        result.seconds.append(time.perf_counter() - start)
-        progress.set_postfix(
-            loss=f"{result.losses[-1]:.3f}", tokens_per_s=f"{rows.numel() / result.seconds[-1]:.0f}"
+class Trainer:
+    """AdamW on a run's adapters; the rate rises over the first tenth of the steps, then falls to zero."""
+
+    def __init__(self, result: Run, steps: int, lr: float) -> None:
+        self.run = result
+        self.optimizer = torch.optim.AdamW(result.trained(), lr=lr, weight_decay=0.0)
+        warmup = max(1, steps // 10)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
         )
-    result.peak_bytes = None if result.resident_bytes is None else resident("VmHWM")
+
+    def step(self, rows: Tensor) -> None:
+        start = time.perf_counter()
+        loss = self.run.model(input_ids=rows, labels=rows, use_cache=False).loss
+        loss.backward()
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.run.losses.append(loss.item())
+        self.run.seconds.append(time.perf_counter() - start)
+
+    def step_measured(self, rows: Tensor) -> None:
+        before = restart_peak()
+        self.step(rows)
+        peak = resident("VmHWM")
+        self.run.step_bytes = None if before is None or peak is None else peak - before
 
 
-def run(
-    model: nn.Module, label: str, weight_bytes: int, text: tuple[Tensor, Tensor], args: argparse.Namespace
-) -> Run:
-    """Perplexity on the held-out text, training, perplexity again."""
-    training, held_out = text
-    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    result = Run(label, weight_bytes, trained)
-    result.before = perplexity(model, held_out, args.batch, label)
-    train(model, training, result, args)
-    result.after = perplexity(model, held_out, args.batch, label)
-    return result
+def train(runs: list[Run], data: Tensor, args: argparse.Namespace) -> None:
+    """All runs in turn, batch by batch, so that what else the machine does falls on all of them alike."""
+    trainers = [Trainer(r, args.steps, args.lr) for r in runs]
+    progress = tqdm(batches(data, args.batch, args.steps, args.seed), total=args.steps, desc="training")
+    for step, rows in enumerate(progress):
+        for trainer in trainers:
+            if step == 1:  # the optimizer's state is there by now
+                trainer.step_measured(rows)
+            else:
+                trainer.step(rows)
+        progress.set_postfix({r.label: f"{r.losses[-1]:.3f}, {r.seconds[-1]:.2f} s" for r in runs})
 
 
 @dataclass
@@ -347,24 +353,8 @@ def agreement(ours: Run, peer: Run) -> Agreement:
     return Agreement(max(differences), statistics.fmean(differences), statistics.fmean(peer.losses))
 
 
-def peak(r: Run) -> str:
-    if r.peak_bytes is None or r.resident_bytes is None:
-        return "unknown"
-    return f"{r.peak_bytes / 1e6:.0f} (+{(r.peak_bytes - r.resident_bytes) / 1e6:.0f})"
-
-
 def report(runs: list[Run], tokens_per_step: int) -> str:
-    header = (
-        "",
-        "perplexity before",
-        "after",
-        "s/step",
-        "tokens/s",
-        "projections MB",
-        "adapters MB",
-        "peak RSS MB",
-    )
-    rows = [header]
+    rows = [("", "perplexity", "after", "s/step", "tokens/s", "projections", "adapters", "a step adds")]
     for r in runs:
         second = r.step_seconds()
         rows.append(
@@ -374,18 +364,17 @@ def report(runs: list[Run], tokens_per_step: int) -> str:
                 f"{r.after:.3f}",
                 f"{second:.2f}",
                 f"{tokens_per_step / second:.0f}",
-                f"{r.weight_bytes / 1e6:.1f}",
-                f"{r.adapter_bytes / 1e6:.1f}",
-                peak(r),
+                f"{r.weight_bytes / 1e6:.1f} MB",
+                f"{r.adapter_bytes() / 1e6:.1f} MB",
+                "unknown" if r.step_bytes is None else f"{r.step_bytes / 1e6:.0f} MB",
             )
         )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-    return "\n".join(
-        "  ".join(
-            [row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))]
-        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    aligned = [
+        [row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))]
         for row in rows
-    )
+    ]
+    return "\n".join("  ".join(cells) for cells in aligned)
 
 
 def write_csv(path: Path, runs: list[Run], tokens_per_step: int) -> None:
@@ -510,20 +499,25 @@ def main(argv: list[str] | None = None) -> int:
         f"embeddings and norms stay {args.dtype}, {rest / 1e6:.1f} MB"
     )
 
-    candidates: list[tuple[str, int, Callable[[], nn.Module]]] = []
+    runs = [Run("peftkern NF4", peftkern_model(dense, weights, adapters, args.alpha), packed_bytes)]
     if args.dense:
-        candidates.append(
-            (f"dense {args.dtype}", dense_bytes, lambda: peftkern_model(dense, plain, adapters, args.alpha))
-        )
-    candidates.append(
-        ("peftkern NF4", packed_bytes, lambda: peftkern_model(dense, weights, adapters, args.alpha))
-    )
+        model = peftkern_model(dense, plain, adapters, args.alpha)
+        runs.insert(0, Run(f"dense {args.dtype}", model, dense_bytes))
     if args.peer:
-        label = "bitsandbytes+peft NF4"
-        candidates.append((label, packed_bytes, lambda: peer_model(dense, weights, adapters, args.alpha)))
-    runs = [run(build(), label, size, text, args) for label, size, build in candidates]
+        runs.append(
+            Run("bitsandbytes+peft NF4", peer_model(dense, weights, adapters, args.alpha), packed_bytes)
+        )
+
+    start = restart_peak()
+    for r in runs:
+        r.before = perplexity(r.model, text[1], args.batch, f"{r.label}, before")
+    train(runs, training, args)
+    for r in runs:
+        r.after = perplexity(r.model, text[1], args.batch, f"{r.label}, after")
 
     print("\n" + report(runs, per_step))
+    if start is not None:
+        print(f"resident memory with the {len(runs)} models loaded: {start / 1e6:.0f} MB")
     summary = {
         "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
@@ -538,9 +532,8 @@ def main(argv: list[str] | None = None) -> int:
                 "seconds_per_step": r.step_seconds(),
                 "tokens_per_second": per_step / r.step_seconds(),
                 "projection_bytes": r.weight_bytes,
-                "adapter_bytes": r.adapter_bytes,
-                "resident_bytes_before_training": r.resident_bytes,
-                "peak_resident_bytes": r.peak_bytes,
+                "adapter_bytes": r.adapter_bytes(),
+                "step_bytes": r.step_bytes,
             }
             for r in runs
         },

@@ -299,11 +299,11 @@ def test_logits_and_gradients_are_as_near_to_the_truth_as_the_peers(example, dty
         assert error.mean() <= 2 * yardstick.mean(), name
 
 
-def curve(example: ModuleType, model: nn.Module) -> Any:
+def curves(example: ModuleType, *models: nn.Module) -> list[Any]:
     """Eight steps on one batch, so that the loss falls."""
-    run = example.Run("", 0, 0)
-    example.train(model, tokens(4, 24), run, argparse.Namespace(steps=8, batch=4, lr=3e-3, seed=0))
-    return run
+    runs = [example.Run(str(i), model, 0) for i, model in enumerate(models)]
+    example.train(runs, tokens(4, 24), argparse.Namespace(steps=8, batch=4, lr=3e-3, seed=0))
+    return runs
 
 
 @needs_peer
@@ -316,10 +316,8 @@ def test_the_two_training_curves_agree(example):
     """
     dense = tiny()
     weights, adapters = example.quantize(dense), example.make_adapters(dense, RANK, 0)
-    ours, peer = (
-        curve(example, build(dense, weights, adapters, ALPHA))
-        for build in (example.peftkern_model, example.peer_model)
-    )
+    builders = example.peftkern_model, example.peer_model
+    ours, peer = curves(example, *(build(dense, weights, adapters, ALPHA) for build in builders))
     assert example.agreement(ours, peer).max_difference < 1e-4
     assert ours.losses[-1] < ours.losses[0] - 0.1
 
@@ -327,10 +325,8 @@ def test_the_two_training_curves_agree(example):
 def test_a_wrong_scaling_would_be_seen(example):
     dense = tiny()
     weights, adapters = example.quantize(dense), example.make_adapters(dense, RANK, 0)
-    right, wrong = (
-        curve(example, example.peftkern_model(dense, weights, adapters, alpha))
-        for alpha in (ALPHA, 1.1 * ALPHA)
-    )
+    models = (example.peftkern_model(dense, weights, adapters, alpha) for alpha in (ALPHA, 1.1 * ALPHA))
+    right, wrong = curves(example, *models)
     assert example.agreement(right, wrong).max_difference > 1e-2
 
 
@@ -344,15 +340,18 @@ def test_perplexity_of_a_uniform_model_is_the_vocabulary(example):
 
 def test_report_csv_and_plot(example, tmp_path):
     losses = ([3.0, 2.5, 2.0], [3.0, 2.6, 2.0], [3.0, 2.4, 1.9])
+    model = nn.Linear(25, 10**4, bias=False)
     runs = [
-        example.Run(label, 10**6, 10**5, 20.0, 15.0, list(loss), [2.0, 1.0, 1.0], 10**9, 2 * 10**9)
-        for label, loss in zip(("dense", "ours", "peer"), losses, strict=True)
+        example.Run(label, model, 2 * 10**6, 20.0, 15.0, list(loss), [2.0, 1.0, 1.0], step_bytes)
+        for label, loss, step_bytes in zip(
+            ("dense", "ours", "peer"), losses, (10**9, 10**8, None), strict=True
+        )
     ]
     text = example.report(runs, 512)
     assert len(text.splitlines()) == 4
     assert len({len(line) for line in text.splitlines()}) == 1
-    assert "512" in text
-    assert "2000 (+1000)" in text
+    assert " ".join(text.splitlines()[1].split()) == "dense 20.000 15.000 1.00 512 2.0 MB 1.0 MB 1000 MB"
+    assert text.splitlines()[3].endswith("unknown")
     agreement = example.agreement(runs[1], runs[2])
     assert agreement.max_difference == pytest.approx(0.2)
     assert agreement.mean_difference == pytest.approx(0.1)
@@ -397,6 +396,7 @@ def test_the_whole_example(tmp_path):
     for run in summary["runs"].values():
         assert 1.0 < run["perplexity_before"] < 1000.0
         assert run["tokens_per_second"] > 0
+        assert run["step_bytes"] is None or run["step_bytes"] > 0
     packed, plain = (summary["runs"][n]["projection_bytes"] for n in ("peftkern NF4", "dense bfloat16"))
     # 4 bits, an 8-bit scale per 64 weights, an fp32 one per 64 · 256: 4.127 of 16; code tables come on top
     assert 4.126 / 16 < packed / plain < 4.2 / 16
