@@ -152,6 +152,18 @@ def test_what_backward_keeps() -> None:
     assert o["x"].data_ptr() not in only_dx
 
 
+@pytest.mark.parametrize("changed", ["x", "lora_A", "lora_B", "weight"])
+def test_changed_operands_are_noticed(changed: str) -> None:
+    """Changed in place between forward and backward: autograd's version counter says so."""
+    weight = quantized()
+    o = {name: tensor * 1.0 for name, tensor in make().items()}  # no leaves, so that they may be changed
+    y = lora_linear(o["x"], weight, o["lora_A"], o["lora_B"], 0.5)
+    with torch.no_grad():
+        (weight.packed if changed == "weight" else o[changed]).zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
 def test_dropout_is_repeatable() -> None:
     o, weight = make(), quantized()
 

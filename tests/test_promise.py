@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import random
+import re
 import warnings
+from pathlib import Path
+from typing import Any
 
 import bounds
 import pytest
@@ -32,6 +35,18 @@ def step(o: dict[str, Tensor], weight: Tensor | QuantizedWeight, grad: Tensor) -
     y = peftkern.lora_linear(o["x"], weight, o["lora_A"], o["lora_B"], 0.5, o["bias"])
     found = torch.autograd.grad(y, list(o.values()), grad)
     return {"y": y.detach(), **dict(zip(o, found, strict=True))}
+
+
+def test_0_the_lines_of_use_run(capsys: pytest.CaptureFixture[str]) -> None:
+    """The README's own code, as it stands there."""
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert names["y"].shape == (8, 4096)
+    assert names["layer"].lora_A.grad.shape == (16, 4096)
+    assert names["packed"].shape == (4096 * 4096 // 2, 1)
+    assert capsys.readouterr().out.startswith("lora_linear\n  matmul bfloat16 on cpu: ")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
