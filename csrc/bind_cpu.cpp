@@ -272,6 +272,8 @@ uint64_t probe_read(py::handle tensor, int threads) {
   const TensorView data = view("data", tensor);
   expect_dtype(data, {ScalarType::u8});
   expect_flat(data, data.numel);
+  if (reinterpret_cast<uintptr_t>(data.data) % 8 != 0)
+    throw py::value_error(text("data: expected data aligned to 8 bytes, got address ", data.data));
   p.data = data.data;
   p.bytes = data.numel;
   py::gil_scoped_release release;

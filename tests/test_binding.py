@@ -362,6 +362,26 @@ def test_dropout_refuses(change: dict[str, Any], error: type[Exception], message
         _cpu.dropout(*a.values())
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+def test_probes(threads: int, isa: str) -> None:
+    """What benchmarks compare with does what it says, and refuses what it cannot read."""
+    for words in (0, 1, 33, 1000):
+        data = torch.randint(0, 256, (8 * words,), dtype=torch.uint8)
+        expected = 0
+        for word in data.view(torch.int64).tolist():
+            expected ^= word % 2**64
+        assert _cpu.probe_read(data, threads) == expected
+    for dtype in ("float32", "bfloat16", "float16"):
+        one, ten = (_cpu.probe_peak(dtype, iterations, threads) for iterations in (1, 10))
+        assert 0 < one * 10 == pytest.approx(ten)
+    with pytest.raises(ValueError, match="data: expected data aligned to 8 bytes, got address"):
+        _cpu.probe_read(torch.zeros(65, dtype=torch.uint8)[1:], threads)
+    with pytest.raises(ValueError, match="data: expected dtype"):
+        _cpu.probe_read(torch.zeros(8), threads)
+    with pytest.raises(ValueError, match="iterations: expected 1 or more, got 0"):
+        _cpu.probe_peak("bfloat16", 0, threads)
+
+
 def test_tensors_of_every_ordinary_kind_are_accepted() -> None:
     x, w = torch.randn(M, K), torch.randn(N, K)
     expected = matmul(x=x, weight=w)
