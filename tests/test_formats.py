@@ -327,6 +327,7 @@ def test_copies(nested: bool) -> None:
     assert weight.to("cpu") is weight
     for again in (copy.copy(weight), copy.deepcopy(weight), pickle.loads(pickle.dumps(weight))):
         assert_same(again, weight)
+        assert "kernel_args" not in vars(again)  # a file outlives what the kernels take
         assert again.kernel_args[0] is again.packed
     meta = weight.to("meta")
     assert {leaf.device.type for leaf in leaves(meta)} == {"meta"}

@@ -255,6 +255,17 @@ def test_merged_module_changes_dtype() -> None:
 
 
 @KINDS
+def test_merged_module_changes_device(kind: str) -> None:
+    """What unmerge brings back has moved with the rest."""
+    module = layer(kind)
+    module.merge()
+    module.to("meta")
+    assert module.weight.device.type == "meta"
+    module.unmerge()
+    assert module.weight.device.type == "meta"
+
+
+@KINDS
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing(reentrant: bool, kind: str) -> None:
     module = layer(kind, dropout=0.3)
