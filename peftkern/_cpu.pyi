@@ -1,4 +1,4 @@
-"""The compiled CPU kernels (csrc/bind_cpu.cpp). Every function checks what it is given: ValueError or TypeError."""
+"""The compiled CPU kernels (csrc/bind_cpu.cpp). Every function checks its arguments: ValueError or TypeError."""
 
 from typing import Any
 
