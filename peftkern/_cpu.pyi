@@ -1,4 +1,4 @@
-"""The compiled CPU kernels (csrc/bind_cpu.cpp). Every function checks its arguments: ValueError or TypeError."""
+"""The compiled CPU kernels (csrc/bind_cpu.cpp). Each checks its arguments: ValueError or TypeError."""
 
 from typing import Any
 
