@@ -98,7 +98,7 @@ class Matmul {
 #pragma omp for schedule(static)
         for (int64_t g = 0; g < ceil_div(rows, pack_unit); ++g) {
           const int64_t end = min_of((g + 1) * pack_unit, p.transposed ? rows : round_up(rows, kLanes));
-          p.transposed ? pack_rows(m0, rows, g * pack_unit, end) : pack_columns(m0, rows, g * pack_unit);
+          p.transposed ? pack_rows(m0, g * pack_unit, end) : pack_columns(m0, rows, g * pack_unit);
         }
 #pragma omp for schedule(guided)
         for (int64_t task = 0; task < panels * row_splits; ++task) {
@@ -173,9 +173,8 @@ class Matmul {
   }
 
   // A operand: x_packed[chunk][m][kRowStride], the tail of each chunk zero.
-  void pack_rows(int64_t m0, int64_t rows, int64_t begin, int64_t end) {
+  void pack_rows(int64_t m0, int64_t begin, int64_t end) {
     Elem* chunk = x_packed;
-    (void)rows;
     for (const Segment& s : segments) {
       for (int64_t c = 0; c < s.padded; c += s.depth, chunk += block_rows * kRowStride) {
         const int64_t depth = min_of(s.depth, s.padded - c);
@@ -322,19 +321,14 @@ class Matmul {
 template <class K, int V, int R>
 inline void tile_rows(int64_t rows, int64_t pairs, const typename K::Elem* a, int64_t a_stride,
                       const typename K::Elem* b, int64_t b_stride, float* c, int64_t c_stride, bool empty) {
-  if constexpr (R * V > K::kAccumulators) {
-    tile_rows<K, V, R == 3 ? 2 : R / 2>(rows, pairs, a, a_stride, b, b_stride, c, c_stride, empty);
-  } else {
-    while (rows >= R) {
-      K::template tile<R, V>(pairs, a, a_stride, b, b_stride, c, c_stride, empty);
-      a += R * a_stride;
-      c += R * c_stride;
-      rows -= R;
-    }
-    if constexpr (R > 1) {
-      if (rows)
-        tile_rows<K, V, R == 3 ? 2 : R / 2>(rows, pairs, a, a_stride, b, b_stride, c, c_stride, empty);
-    }
+  while (rows >= R) {
+    K::template tile<R, V>(pairs, a, a_stride, b, b_stride, c, c_stride, empty);
+    a += R * a_stride;
+    c += R * c_stride;
+    rows -= R;
+  }
+  if constexpr (R > 1) {
+    if (rows) tile_rows<K, V, R == 3 ? 2 : R / 2>(rows, pairs, a, a_stride, b, b_stride, c, c_stride, empty);
   }
 }
 

@@ -7,8 +7,8 @@
 // kept as
 //     panel[16 j + i] = weight 4 i + j          j < 4, i < 16
 // and x is packed in the same order once per call (plain), or the result is put in order at the end
-// (transposed). The table holds bf16(code * absmax) for two blocks of 16 codes: exactly the values that
-// dequantize gives.
+// (transposed). The table holds bf16(code * absmax) for two blocks of 16 codes: the values that dequantize
+// gives, but for subnormals, which these levels take as zeros.
 #pragma once
 
 #include "cpu/matmul.inl"
@@ -33,14 +33,12 @@ inline __m512i bf16_pair(__m512 high, __m512 low) {
   return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
 }
 
-// indices 0, 32, 1, 33, …: words of two vectors alternate (low: the first 16 of each, high: the last 16)
-inline __m512i alternate(int from) {
-  alignas(64) uint16_t index[32];
-  for (int i = 0; i < 16; ++i) {
-    index[2 * i] = static_cast<uint16_t>(from + i);
-    index[2 * i + 1] = static_cast<uint16_t>(from + i + 32);
-  }
-  return _mm512_load_si512(index);
+// The first 16 words of two vectors alternate.
+inline __m512i alternate() {
+  alignas(64) static constexpr uint16_t kIndex[32] = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,
+                                                      37, 6,  38, 7,  39, 8,  40, 9,  41, 10, 42,
+                                                      11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+  return _mm512_load_si512(kIndex);
 }
 
 struct Bf16Panels {
@@ -133,7 +131,7 @@ struct Bf16Panels {
     const __m512 code = _mm512_loadu_ps(code_table(w.quant_type));
     const __m512i nibble_mask = _mm512_set1_epi16(15);
     const __m512i second = _mm512_set1_epi32(16 << 16);
-    const __m512i order = alternate(0);
+    const __m512i order = alternate();
     for (int64_t q = 0; q < depth; q += 2, panel += 2 * kColumns) {
       if (q >= n) {
         std::memset(panel, 0, static_cast<size_t>(outputs) * 2 * sizeof(Bf16));
@@ -166,7 +164,7 @@ struct Bf16Panels {
 
   // Two rows in natural order to pairs.
   static void interleave(const Bf16* row0, const Bf16* row1, int64_t vectors, Bf16* out) {
-    const __m512i order = alternate(0);
+    const __m512i order = alternate();
     for (int64_t v = 0; v < vectors; ++v) {
       const __m256i a = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row0 + 16 * v));
       const __m256i b = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row1 + 16 * v));
