@@ -121,6 +121,31 @@ def test_dropout_compiled(compiler: str) -> None:
     assert sorted(dx.unique().tolist()) == [0.0, 2.0]
 
 
+@pytest.mark.parametrize("compiler", [None, "eager", "aot_eager"])
+@pytest.mark.parametrize("shape", [(K,), (6, K), (2, 3, K)])
+def test_outputs_may_be_changed_in_place(shape: tuple[int, ...], compiler: str | None) -> None:
+    """`y += residual` and nn.ReLU(inplace=True) on an output, as on nn.Linear's, for any batch shape."""
+    weight = weight_of("plain")
+    assert isinstance(weight, QuantizedWeight)
+    _, A, B, bias = operands()
+    x = torch.randn(shape, requires_grad=True)
+
+    def f(x: Tensor, A: Tensor, B: Tensor, in_place: bool) -> Tensor:
+        y, z = lora_linear(x, weight, A, B, 0.5, bias), linear_4bit(x, weight, bias)
+        y = torch.nn.functional.relu(y, inplace=in_place)
+        return z.add_(y) if in_place else z + y
+
+    g = torch.compile(f, fullgraph=True, backend=compiler) if compiler else f
+    found, expected = g(x, A, B, True), f(x, A, B, False)
+    assert torch.equal(found, expected)
+    for a, b in zip(
+        torch.autograd.grad(found.sum(), (x, A, B)),
+        torch.autograd.grad(expected.sum(), (x, A, B)),
+        strict=True,
+    ):
+        assert torch.equal(a, b)
+
+
 def test_linear_4bit_compiled() -> None:
     weight = weight_of("nested")
     x, bias = torch.randn(6, K, requires_grad=True), torch.randn(N, requires_grad=True)

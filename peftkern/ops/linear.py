@@ -22,6 +22,7 @@ from peftkern.formats import QuantizedWeight
 DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 PLAIN = frozenset((Tensor, torch.nn.Parameter))
 _STRIDED = torch.strided
+_unsafe_view: Any = torch.ops.aten._unsafe_view.default
 _VMAP_MODE: Any = torch._C._parse_dispatch_key("VmapMode")
 
 # packed, absmax, absmax2, code, offset: as a library op and save_for_backward take a 4-bit weight
@@ -110,6 +111,14 @@ def as_rows(x: Tensor, columns: int) -> Tensor:
         return x
     # the number of rows is said, not inferred: x may be empty
     return x.reshape(x.shape[:-1].numel(), columns)
+
+
+def like_rows(y: Tensor, x: Tensor) -> Tensor:
+    """[M, N] → [..., N] in x's batch shape, of a fresh y: not a view to autograd, which lets no one change a
+    view that a Function returns in place, as models do to a linear layer's output."""
+    if x.ndim == 2:
+        return y
+    return _unsafe_view(y, (*x.shape[:-1], y.shape[1]))  # type: ignore[no-any-return]
 
 
 def flatten_weight(weight: QuantizedWeight) -> tuple[WeightTensors, WeightSpec]:
@@ -345,7 +354,7 @@ def no_double_backward(ctx: Any, grad: Tensor, op: str) -> None:
 
 def _forward(traced: bool, x: Tensor, weight: Weight4, bias: Tensor | None) -> Tensor:
     y = base_matmul(matmul_row(traced, x), as_rows(x, weight[6]), weight, False, None, None, bias)
-    return y if x.ndim == 2 else y.view(*x.shape[:-1], weight[5])
+    return like_rows(y, x)
 
 
 def _backward(ctx: Any, traced: bool, grad: Tensor) -> tuple[Any, ...]:

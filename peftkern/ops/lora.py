@@ -21,6 +21,7 @@ from peftkern.ops.linear import (
     check_x,
     flatten_weight,
     is_direct,
+    like_rows,
     matmul_row,
     no_double_backward,
     refuse,
@@ -60,7 +61,7 @@ def _forward(
     thin = rows if seed is None else apply_dropout(traced, rows, p, seed)
     T = thin_matmul(row, thin, A, False, scaling if p == 0.0 else _alpha(scaling, p))
     y = base_matmul(row, rows, weight, False, T, B, bias)
-    return (y if x.ndim == 2 else y.view(*x.shape[:-1], B.shape[0])), T
+    return like_rows(y, x), T
 
 
 def _save(
