@@ -412,6 +412,21 @@ def test_wide_strides_of_everything(backend: str) -> None:
             assert torch.equal(a_, b_) if own else torch.allclose(a_, b_, rtol=1e-5, atol=1e-4), name
 
 
+@pytest.mark.parametrize("negated", ["x", "lora_A", "lora_B", "bias", "weight", "grad"])
+def test_negative_bit_views(negated: str) -> None:
+    """z.conj().imag is a real tensor whose memory holds its negation."""
+    o = {**{name: tensor.detach() for name, tensor in make().items()}, "weight": torch.randn(40, 96)}
+    o["grad"] = torch.randn(6, 40)
+    o[negated] = torch.complex(o[negated], o[negated]).conj().imag
+    assert o[negated].is_neg()
+    results = []
+    for a in (o, {name: tensor.resolve_neg() for name, tensor in o.items()}):
+        x = a["x"].requires_grad_()
+        y = lora_linear(x, a["weight"], a["lora_A"], a["lora_B"], 0.5, a["bias"])
+        results.append((y.detach(), *torch.autograd.grad(y, x, a["grad"])))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 FORK = """
     import os, sys, threading, torch, peftkern
     torch.set_num_threads(2)
