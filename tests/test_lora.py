@@ -249,6 +249,19 @@ def test_autocast(cast: torch.dtype, dense: bool) -> None:
         assert torch.equal(a, b.float()), name
 
 
+@pytest.mark.parametrize("dense", [False, True])
+def test_autocast_of_two_layers(dense: bool) -> None:
+    """The second layer's x has autocast's dtype already: its fp32 W is cast all the same, as F.linear's."""
+    weight = torch.randn(96, 96) if dense else quantized(96, 96)
+    x, A, B = torch.randn(6, 96), torch.randn(8, 96), torch.randn(96, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        first = lora_linear(x, weight, A, B, 0.5)
+        second = lora_linear(first, weight, A, B, 0.5)
+    assert first.dtype == second.dtype == torch.bfloat16
+    W = weight.bfloat16() if isinstance(weight, Tensor) else weight
+    assert torch.equal(second, lora_linear(lora_linear(x.bfloat16(), W, A, B, 0.5), W, A, B, 0.5))
+
+
 def test_double_backward_raises() -> None:
     o = make()
     for weight in (quantized(), torch.randn(40, 96)):

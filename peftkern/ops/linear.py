@@ -99,10 +99,12 @@ def is_direct(first: Tensor, *others: Tensor | None) -> bool:
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """The dtype that F.linear would compute in: autocast's where that is on, else the tensor's."""
+    return torch.get_autocast_dtype(x.device.type) if is_autocast(x) else x.dtype
+
+
+def is_autocast(x: Tensor) -> bool:
     kind = "cpu" if x.is_cpu else x.device.type
-    if kind != "meta" and torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return x.dtype
+    return kind != "meta" and torch.is_autocast_enabled(kind)
 
 
 def as_rows(x: Tensor, columns: int) -> Tensor:

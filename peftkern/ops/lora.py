@@ -20,6 +20,7 @@ from peftkern.ops.linear import (
     check_tensor,
     check_x,
     flatten_weight,
+    is_autocast,
     is_direct,
     like_rows,
     matmul_row,
@@ -237,7 +238,7 @@ def _check(
         check_tensor("weight", weight, (rows, columns), device)
         check_x(x, columns, device)
         dtype = autocast_dtype(x)
-        if weight.dtype is not x.dtype and dtype is x.dtype:
+        if weight.dtype is not dtype and not is_autocast(x):
             refuse("weight", weight, "", x.dtype, device)
     else:
         raise TypeError(f"weight: expected a tensor or a QuantizedWeight, got {type(weight).__name__}")
