@@ -586,6 +586,20 @@ def test_quantized_merge_keeps_its_settings(settings: dict[str, object], backend
     assert torch.equal(merged.absmax, expected.absmax)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_quantized_merge_keeps_its_dtype(dtype: torch.dtype, double_quant: bool) -> None:
+    """The reference's merge, byte for byte: W + ΔW in fp32, rounded to the weight's dtype, quantized."""
+    weight = peftkern.quantize_4bit(torch.randn(40, 96).to(dtype), double_quant=double_quant)
+    delta = torch.randn(40, 96)
+    merged, expected = merge(weight, delta), reference.merge(weight, delta)
+    assert merged.dtype == expected.dtype == dtype
+    assert torch.equal(merged.packed, expected.packed)
+    assert torch.equal(merged.absmax, expected.absmax)
+    rounded = (peftkern.dequantize_4bit(weight, torch.float32) + delta).to(dtype)
+    assert torch.equal(merged.packed, peftkern.quantize_4bit(rounded, double_quant=double_quant).packed)
+
+
 BAD_MERGES: list[tuple[Callable[[], object], type[Exception], str]] = [
     (
         lambda: merge(torch.zeros(3), torch.zeros(3)),
