@@ -127,7 +127,7 @@ class LoRALinear(nn.Module):
         if self._unmerged is not None:
             if isinstance(self.weight, QuantizedWeight):
                 return linear_4bit(x, self.weight, self.bias)
-            return F.linear(x, self.weight, self.bias)
+            return F.linear(x, self.weight, None if self.bias is None else self.bias.to(self.weight.dtype))
         dropout = self.dropout if self.training else 0.0
         return lora_linear(x, self.weight, self.lora_A, self.lora_B, self.scaling, self.bias, dropout)
 

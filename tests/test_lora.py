@@ -249,6 +249,20 @@ def test_autocast(cast: torch.dtype, dense: bool) -> None:
         assert torch.equal(a, b.float()), name
 
 
+def test_autocast_of_a_trained_dense_weight() -> None:
+    """dW passes through the cast: the bf16 gradient, in W's own dtype."""
+    o, weight = make(), torch.randn(40, 96, requires_grad=True)
+    low = weight.detach().bfloat16().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = lora_linear(o["x"], weight, o["lora_A"], o["lora_B"])
+    grad = torch.randn_like(y)
+    (found,) = torch.autograd.grad(y, weight, grad)
+    (expected,) = torch.autograd.grad(
+        lora_linear(o["x"].bfloat16(), low, o["lora_A"], o["lora_B"]), low, grad
+    )
+    assert torch.equal(found, expected.float())
+
+
 @pytest.mark.parametrize("dense", [False, True])
 def test_autocast_of_two_layers(dense: bool) -> None:
     """The second layer's x has autocast's dtype already: its fp32 W is cast all the same, as F.linear's."""

@@ -254,6 +254,16 @@ def test_merged_module_changes_dtype() -> None:
     assert not module.weight.requires_grad
 
 
+def test_merged_takes_the_same_dtypes() -> None:
+    """An fp32 bias beside a bf16 weight: merged as unmerged."""
+    module = LoRALinear(K, N, weight=torch.randn(N, K).bfloat16(), bias=torch.randn(N))
+    x = torch.randn(5, K).bfloat16()
+    unmerged = module(x)
+    module.merge()
+    # ΔW is zero: what is left is the rounding of the bias, and one of the sum
+    assert torch.allclose(module(x), unmerged, rtol=2**-7, atol=2**-6)
+
+
 @KINDS
 def test_merged_module_changes_device(kind: str) -> None:
     """What unmerge brings back has moved with the rest."""
