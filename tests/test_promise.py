@@ -114,6 +114,32 @@ def test_3_same_input_same_bits(dtype: torch.dtype, isa: str) -> None:
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("M", [1, 40])
+def test_3_same_bits_where_the_caller_flushes_subnormals(M: int, isa: str) -> None:
+    """The mode belongs to a thread: the workers take on the caller's for the call."""
+    rows, columns = 512, 512  # enough work to be shared out
+    weight = peftkern.quantize_4bit(torch.randn(rows, columns))
+    x = torch.full((M, columns), 1e-39)
+    before = torch.get_num_threads()
+    try:
+        results = {}
+        for flush in (False, True):
+            if not torch.set_flush_denormal(flush):
+                pytest.skip("this CPU cannot flush subnormals")
+            for threads in (1, 2, 4):
+                torch.set_num_threads(threads)
+                results[flush, threads] = [peftkern.linear_4bit(x, weight) for _ in range(3)]
+    finally:
+        torch.set_flush_denormal(False)
+        torch.set_num_threads(before)
+    for flush in (False, True):
+        for threads in (1, 2, 4):
+            for y in results[flush, threads]:
+                assert torch.equal(y, results[flush, 1][0])
+    assert results[False, 1][0].abs().max() > 0
+    assert results[True, 1][0].abs().max() == 0
+
+
 def test_4_bad_arguments_raise_and_say_why() -> None:
     """Rubbish in any argument: a TypeError or ValueError that names one, or a result; nothing else."""
     weight = peftkern.quantize_4bit(torch.randn(N, K))

@@ -188,8 +188,10 @@ inline void run_few_outputs(const MatmulParams& p) {
   const int64_t group = vectors == 1 && p.rows >= 96 * threads ? 48 : 32;
   const int64_t step_elems = 16 * b_stride;
   Bf16* b = static_cast<Bf16*>(scratch(static_cast<size_t>(steps * step_elems) * sizeof(Bf16)));
+  const uint32_t mode = FloatMode::current();
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
+    const FloatMode guard(mode);
 #pragma omp for schedule(static)
     for (int64_t s = 0; s < steps; ++s) {
       const int64_t c0 = kStepDepth * s, n = min_of<int64_t>(kStepDepth, p.inner - c0);
@@ -247,8 +249,10 @@ inline void run_few_rows(const MatmulParams& p) {
   const int64_t own_bytes = b_bytes + kThin * kColumns * 4;
   char* memory = static_cast<char*>(scratch(static_cast<size_t>(a_bytes + threads * own_bytes)));
   Bf16* a = reinterpret_cast<Bf16*>(memory);
+  const uint32_t mode = FloatMode::current();
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
+    const FloatMode guard(mode);
     Bf16* b = reinterpret_cast<Bf16*>(memory + a_bytes + thread_index() * own_bytes);
     float* c = reinterpret_cast<float*>(b) + b_bytes / 4;
 #pragma omp for schedule(static)
@@ -380,8 +384,10 @@ class Pipeline {
     if (bias) read_row(p.bias, 0, 0, p.outputs, bias);
     char* own = memory + x_bytes + bias_bytes;
 
+    const uint32_t mode = FloatMode::current();
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
+      const FloatMode guard(mode);
       Worker k(*this, own + own_bytes * thread_index());
       tile_configure(tile_shapes(16));
       for (int64_t m0 = 0; m0 < p.rows; m0 += block_rows) {

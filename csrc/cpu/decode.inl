@@ -2,21 +2,13 @@
 #pragma once
 
 #include <cstdint>
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
 
+#include "cpu/parallel.inl"
 #include "format.h"
 #include "params.h"
 
 namespace peftkern::PEFTKERN_ISA {
 namespace {
-
-#if defined(_OPENMP)
-inline int thread_index() { return omp_get_thread_num(); }
-#else
-inline int thread_index() { return 0; }
-#endif
 
 template <class T>
 inline T min_of(T a, T b) {

@@ -31,17 +31,16 @@ void dequantize(const DequantizeParams& p) {
   const int threads = static_cast<int>(min_of<int64_t>(p.threads, ceil_div(grains, 4)));
   const float* code = code_table(p.weight.quant_type);
   T* out = static_cast<T*>(p.out);
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-  for (int thread = 0; thread < threads; ++thread) {
-    const int64_t begin = grains * thread / threads * kGrain;
-    const int64_t end = min_of(p.numel, grains * (thread + 1) / threads * kGrain);
+  parallel_tasks(threads, threads, [&](int, int64_t share) {
+    const int64_t begin = grains * share / threads * kGrain;
+    const int64_t end = min_of(p.numel, grains * (share + 1) / threads * kGrain);
     for (int64_t i = begin; i < end;) {
       const int64_t block = i >> p.weight.log2_blocksize;
       const int64_t stop = min_of(end, (block + 1) << p.weight.log2_blocksize);
       dequantize_part(p.weight, code, absmax_at(p.weight.absmax, block), i, stop, out);
       i = stop;
     }
-  }
+  });
 }
 
 }  // namespace

@@ -39,8 +39,7 @@ void dropout(const DropoutParams& p) {
   const bool keep_all = p.threshold > 0xFFFFFFFFu;
   const uint32_t threshold = static_cast<uint32_t>(p.threshold);
   const int threads = p.rows * p.columns < (1 << 15) ? 1 : p.threads;
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-  for (int64_t m = 0; m < p.rows; ++m) {
+  parallel_tasks(threads, p.rows, [&](int, int64_t m) {
     const T* x = static_cast<const T*>(p.x.data) + m * p.x.stride0;
     T* out = static_cast<T*>(p.out) + m * p.columns;
     for (int64_t k = 0; k < p.columns;) {
@@ -57,7 +56,7 @@ void dropout(const DropoutParams& p) {
       }
       k += n;
     }
-  }
+  });
 }
 
 }  // namespace

@@ -87,33 +87,27 @@ class Matmul {
     x_packed = reinterpret_cast<Elem*>(memory);
     char* first = memory + x_bytes;
 
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-      char* mine = first + per_thread * static_cast<size_t>(thread_index());
-      Workspace w = {reinterpret_cast<Elem*>(mine), reinterpret_cast<float*>(mine + panel_bytes),
-                     reinterpret_cast<float*>(mine + panel_bytes + c_bytes)};
-      for (int64_t m0 = 0; m0 < p.rows; m0 += block_rows) {
-        const int64_t rows = min_of(block_rows, p.rows - m0);
-        const int64_t pack_unit = p.transposed ? 8 : kLanes;
-#pragma omp for schedule(static)
-        for (int64_t g = 0; g < ceil_div(rows, pack_unit); ++g) {
-          const int64_t end = min_of((g + 1) * pack_unit, p.transposed ? rows : round_up(rows, kLanes));
-          p.transposed ? pack_rows(m0, g * pack_unit, end) : pack_columns(m0, rows, g * pack_unit);
-        }
-#pragma omp for schedule(guided)
-        for (int64_t task = 0; task < panels * row_splits; ++task) {
-          const int64_t panel = task / row_splits;
-          const int64_t split = task % row_splits;
-          const int64_t groups = ceil_div(rows, row_split);
-          const int64_t begin = groups * split / row_splits * row_split;
-          const int64_t end = min_of(groups * (split + 1) / row_splits * row_split, rows);
-          const int64_t o0 = panel * panel_outputs;
-          const int64_t outputs = min_of(panel_outputs, p.outputs - o0);
-          if (begin < end)
-            p.transposed ? panel_transposed(w, m0, begin, end, o0, outputs)
-                         : panel_plain(w, m0, begin, end, o0, outputs);
-        }
-      }
+    for (int64_t m0 = 0; m0 < p.rows; m0 += block_rows) {
+      const int64_t rows = min_of(block_rows, p.rows - m0);
+      const int64_t pack_unit = p.transposed ? 8 : kLanes;
+      parallel_tasks(threads, ceil_div(rows, pack_unit), [&](int, int64_t g) {
+        p.transposed ? pack_rows(m0, g * pack_unit, min_of((g + 1) * pack_unit, rows))
+                     : pack_columns(m0, rows, g * pack_unit);
+      });
+      parallel_tasks(threads, panels * row_splits, [&](int thread, int64_t task) {
+        char* mine = first + per_thread * static_cast<size_t>(thread);
+        Workspace w = {reinterpret_cast<Elem*>(mine), reinterpret_cast<float*>(mine + panel_bytes),
+                       reinterpret_cast<float*>(mine + panel_bytes + c_bytes)};
+        const int64_t split = task % row_splits;
+        const int64_t groups = ceil_div(rows, row_split);
+        const int64_t begin = groups * split / row_splits * row_split;
+        const int64_t end = min_of(groups * (split + 1) / row_splits * row_split, rows);
+        const int64_t o0 = task / row_splits * panel_outputs;
+        const int64_t outputs = min_of(panel_outputs, p.outputs - o0);
+        if (begin < end)
+          p.transposed ? panel_transposed(w, m0, begin, end, o0, outputs)
+                       : panel_plain(w, m0, begin, end, o0, outputs);
+      });
     }
   }
 

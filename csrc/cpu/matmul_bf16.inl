@@ -346,57 +346,53 @@ inline void dot_bf16(const MatmulParams& p, const Bf16* x, const Bf16* t, const 
   const bool four_bit = p.weight4.packed != nullptr;
   const int64_t blocks = ceil_div(p.inner * M * 2, kDotBlockBytes);
   const int64_t block = round_up(ceil_div(p.inner, blocks), 128);
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
-    char* mine = buffers.memory + buffers.total() * thread_index();
+  parallel_tasks(threads, ceil_div(p.outputs, kDotTask), [&](int thread, int64_t task) {
+    char* mine = buffers.memory + buffers.total() * thread;
     __m512* sums = reinterpret_cast<__m512*>(mine);
     float* absmax = reinterpret_cast<float*>(mine + buffers.sums);
     Bf16* row = reinterpret_cast<Bf16*>(mine + buffers.sums + buffers.absmax);
-#pragma omp for schedule(guided)
-    for (int64_t task = 0; task < ceil_div(p.outputs, kDotTask); ++task) {
-      const int64_t o0 = task * kDotTask;
-      const int64_t rows = min_of(kDotTask, p.outputs - o0);
-      if (four_bit) {
-        DotRow w[kDotTask];
-        prefetch_absmax(p.weight4, (o0 + kDotTask) * p.inner, kDotTask * p.inner);
-        dot_weights(p, o0, rows, absmax, w);
-        for (int64_t begin = 0; begin < p.inner; begin += block) {
-          const int64_t end = min_of(begin + block, p.inner);
-          // Bytes ahead: whole rows are one stream; else the row's next block, or the next task's first.
-          const int64_t ahead =
-              block >= p.inner ? 4096 : (end < p.inner ? block : kDotTask * p.inner - begin) / 2;
-          int64_t r = 0;
-          for (; r + kRows <= rows; r += kRows)
-            dot_rows_4bit<M, kRows>(p, w + r, x, begin, end, ahead, sums + r * M);
-          if (r < rows) dot_rows_4bit<M, 1>(p, w + r, x, begin, end, ahead, sums + r * M);
-        }
-      } else {
-        for (int64_t r = 0; r < rows; ++r) {
-          const bool direct = p.dense.dtype == DType::bf16 && p.dense.stride1 == 1;
-          if (!direct) read_row(p.dense, o0 + r, 0, p.inner, row);
-          const Bf16* source =
-              direct ? static_cast<const Bf16*>(p.dense.data) + (o0 + r) * p.dense.stride0 : row;
-          for (int m = 0; m < M; ++m) sums[r * M + m] = _mm512_setzero_ps();
-          add_dot<M>(source, x, p.inner, p.inner, sums + r * M);
-        }
+    const int64_t o0 = task * kDotTask;
+    const int64_t rows = min_of(kDotTask, p.outputs - o0);
+    if (four_bit) {
+      DotRow w[kDotTask];
+      prefetch_absmax(p.weight4, (o0 + kDotTask) * p.inner, kDotTask * p.inner);
+      dot_weights(p, o0, rows, absmax, w);
+      for (int64_t begin = 0; begin < p.inner; begin += block) {
+        const int64_t end = min_of(begin + block, p.inner);
+        // Bytes ahead: whole rows are one stream; else the row's next block, or the next task's first.
+        const int64_t ahead =
+            block >= p.inner ? 4096 : (end < p.inner ? block : kDotTask * p.inner - begin) / 2;
+        int64_t r = 0;
+        for (; r + kRows <= rows; r += kRows)
+          dot_rows_4bit<M, kRows>(p, w + r, x, begin, end, ahead, sums + r * M);
+        if (r < rows) dot_rows_4bit<M, 1>(p, w + r, x, begin, end, ahead, sums + r * M);
       }
-      for (int64_t r = 0; p.rank && r < rows; ++r) {
-        read_row(p.u, o0 + r, 0, p.rank, row);
-        add_dot<M>(row, t, p.rank, p.rank, sums + r * M);
-      }
-      alignas(64) float bias[kDotTask] = {};
-      if (p.bias.data) read_row(p.bias, 0, o0, rows, bias);
-      for (int m = 0; m < M; ++m) {
-        alignas(64) float y[kDotTask];
-        for (int64_t r = 0; r < rows; r += 16) {
-          const __m512 sum = reduce_16(sums + r * M + m, M, rows - r);
-          const __m512 scaled = _mm512_mul_ps(sum, _mm512_set1_ps(p.alpha));
-          _mm512_store_ps(y + r, _mm512_add_ps(scaled, _mm512_load_ps(bias + r)));
-        }
-        write_row(p.out, m, o0, y, rows);
+    } else {
+      for (int64_t r = 0; r < rows; ++r) {
+        const bool direct = p.dense.dtype == DType::bf16 && p.dense.stride1 == 1;
+        if (!direct) read_row(p.dense, o0 + r, 0, p.inner, row);
+        const Bf16* source =
+            direct ? static_cast<const Bf16*>(p.dense.data) + (o0 + r) * p.dense.stride0 : row;
+        for (int m = 0; m < M; ++m) sums[r * M + m] = _mm512_setzero_ps();
+        add_dot<M>(source, x, p.inner, p.inner, sums + r * M);
       }
     }
-  }
+    for (int64_t r = 0; p.rank && r < rows; ++r) {
+      read_row(p.u, o0 + r, 0, p.rank, row);
+      add_dot<M>(row, t, p.rank, p.rank, sums + r * M);
+    }
+    alignas(64) float bias[kDotTask] = {};
+    if (p.bias.data) read_row(p.bias, 0, o0, rows, bias);
+    for (int m = 0; m < M; ++m) {
+      alignas(64) float y[kDotTask];
+      for (int64_t r = 0; r < rows; r += 16) {
+        const __m512 sum = reduce_16(sums + r * M + m, M, rows - r);
+        const __m512 scaled = _mm512_mul_ps(sum, _mm512_set1_ps(p.alpha));
+        _mm512_store_ps(y + r, _mm512_add_ps(scaled, _mm512_load_ps(bias + r)));
+      }
+      write_row(p.out, m, o0, y, rows);
+    }
+  });
 }
 
 // Plain, few rows, and units of W that lie within one row and one block.

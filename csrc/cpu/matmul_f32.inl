@@ -79,48 +79,44 @@ inline void dot_f32(const MatmulParams& p, const float* x, const float* t, int t
   const int64_t step = p.weight4.log2_blocksize == 5 || p.inner % 64 ? 32 : 64;
   const int64_t blocks = four_bit ? (p.inner >> p.weight4.log2_blocksize) + 2 : 0;
   constexpr int64_t kTask = 16;
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
+  parallel_tasks(threads, ceil_div(p.outputs, kTask), [&](int thread, int64_t task) {
     // The row of W as floats (dense), or its absmax (nested).
-    float* buffer = const_cast<float*>(t) + M * p.rank + thread_index() * max_of(blocks, p.inner + p.rank);
-#pragma omp for schedule(guided)
-    for (int64_t task = 0; task < ceil_div(p.outputs, kTask); ++task) {
-      for (int64_t o = task * kTask; o < min_of(p.outputs, (task + 1) * kTask); ++o) {
-        Vec sum[M];
-        for (int m = 0; m < M; ++m) sum[m] = zero();
-        float tail[M] = {};
-        if (four_bit) {
-          const int64_t flat = o * p.inner;
-          const int64_t first = flat >> p.weight4.log2_blocksize;
-          const int64_t last = (flat + p.inner - 1) >> p.weight4.log2_blocksize;
-          const float* absmax = absmax_range(p.weight4.absmax, first, last - first + 1, buffer);
-          for (int64_t k = 0; k < p.inner; k += step) {
-            Vec part[M];
-            for (int m = 0; m < M; ++m) part[m] = zero();
-            for (int64_t i = k; i < k + step; i += Vec::kWidth) {
-              const Vec w = lookup(table, p.weight4.packed + ((flat + i) >> 1));
-              for (int m = 0; m < M; ++m) part[m] = fma(w, load(x + m * p.inner + i), part[m]);
-            }
-            const Vec scale = set1(absmax[((flat + k) >> p.weight4.log2_blocksize) - first]);
-            for (int m = 0; m < M; ++m) sum[m] = fma(part[m], scale, sum[m]);
+    float* buffer = const_cast<float*>(t) + M * p.rank + thread * max_of(blocks, p.inner + p.rank);
+    for (int64_t o = task * kTask; o < min_of(p.outputs, (task + 1) * kTask); ++o) {
+      Vec sum[M];
+      for (int m = 0; m < M; ++m) sum[m] = zero();
+      float tail[M] = {};
+      if (four_bit) {
+        const int64_t flat = o * p.inner;
+        const int64_t first = flat >> p.weight4.log2_blocksize;
+        const int64_t last = (flat + p.inner - 1) >> p.weight4.log2_blocksize;
+        const float* absmax = absmax_range(p.weight4.absmax, first, last - first + 1, buffer);
+        for (int64_t k = 0; k < p.inner; k += step) {
+          Vec part[M];
+          for (int m = 0; m < M; ++m) part[m] = zero();
+          for (int64_t i = k; i < k + step; i += Vec::kWidth) {
+            const Vec w = lookup(table, p.weight4.packed + ((flat + i) >> 1));
+            for (int m = 0; m < M; ++m) part[m] = fma(w, load(x + m * p.inner + i), part[m]);
           }
-        } else {
-          read_row(p.dense, o, 0, p.inner, buffer);
-          add_dot<M>(buffer, x, p.inner, sum, tail);
+          const Vec scale = set1(absmax[((flat + k) >> p.weight4.log2_blocksize) - first]);
+          for (int m = 0; m < M; ++m) sum[m] = fma(part[m], scale, sum[m]);
         }
-        if (p.rank) {
-          read_row(p.u, o, 0, p.rank, buffer);
-          add_dot<M>(buffer, t, p.rank, sum, tail);
-        }
-        float bias = 0.0f;
-        if (p.bias.data) read_row(p.bias, 0, o, 1, &bias);
-        for (int m = 0; m < M; ++m) {
-          const float y = (reduce_add(sum[m]) + tail[m]) * p.alpha + bias;
-          write_row(p.out, m, o, &y, 1);
-        }
+      } else {
+        read_row(p.dense, o, 0, p.inner, buffer);
+        add_dot<M>(buffer, x, p.inner, sum, tail);
+      }
+      if (p.rank) {
+        read_row(p.u, o, 0, p.rank, buffer);
+        add_dot<M>(buffer, t, p.rank, sum, tail);
+      }
+      float bias = 0.0f;
+      if (p.bias.data) read_row(p.bias, 0, o, 1, &bias);
+      for (int m = 0; m < M; ++m) {
+        const float y = (reduce_add(sum[m]) + tail[m]) * p.alpha + bias;
+        write_row(p.out, m, o, &y, 1);
       }
     }
-  }
+  });
 }
 
 inline void matmul_f32_any(const MatmulParams& p) {

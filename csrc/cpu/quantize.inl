@@ -43,36 +43,32 @@ void quantize(const QuantizeParams& p) {
   const int64_t blocks = full + (p.numel > full * blocksize);
   const T* weight = static_cast<const T*>(p.weight);
   const int threads = static_cast<int>(min_of<int64_t>(p.threads, ceil_div(p.numel, 16384)));
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
-    const Buckets buckets = buckets_of(p.quant_type);
-#pragma omp for schedule(static)
-    for (int64_t block = 0; block < blocks; ++block) {
-      const T* w = weight + block * blocksize;
-      uint8_t* packed = p.packed + block * blocksize / 2;
-      const float absmax = absmax_of(w, min_of(blocksize, p.numel - block * blocksize));
-      const float divisor = absmax < kLeastAbsmax ? kLeastAbsmax : absmax;
-      if (block < full) {
-        p.absmax[block] = absmax;
-        const Vec factor = set1(1.0f / divisor);
-        for (int64_t i = 0; i < blocksize; i += Vec::kWidth)
-          encode(buckets, mul(load(w + i), factor), packed + i / 2);
-        continue;
-      }
-      p.absmax[block] = divisor;
-      const int64_t n = p.numel - block * blocksize;
-      const Vec by = set1(divisor);
-      int64_t i = 0;
-      for (; i + Vec::kWidth <= n; i += Vec::kWidth) encode(buckets, div(load(w + i), by), packed + i / 2);
-      if (i < n) {
-        uint8_t last[Vec::kWidth / 2], pad[Vec::kWidth / 2];
-        encode(buckets, div(load_n(w + i, static_cast<int>(n - i)), by), last);
-        encode(buckets, zero(), pad);
-        if (n & 1) last[(n - i) / 2] = static_cast<uint8_t>((last[(n - i) / 2] & 0xf0u) | (pad[0] & 0x0fu));
-        std::memcpy(packed + i / 2, last, static_cast<size_t>((n - i + 1) / 2));
-      }
+  const Buckets buckets = buckets_of(p.quant_type);
+  parallel_tasks(threads, blocks, [&](int, int64_t block) {
+    const T* w = weight + block * blocksize;
+    uint8_t* packed = p.packed + block * blocksize / 2;
+    const float absmax = absmax_of(w, min_of(blocksize, p.numel - block * blocksize));
+    const float divisor = absmax < kLeastAbsmax ? kLeastAbsmax : absmax;
+    if (block < full) {
+      p.absmax[block] = absmax;
+      const Vec factor = set1(1.0f / divisor);
+      for (int64_t i = 0; i < blocksize; i += Vec::kWidth)
+        encode(buckets, mul(load(w + i), factor), packed + i / 2);
+      return;
     }
-  }
+    p.absmax[block] = divisor;
+    const int64_t n = p.numel - block * blocksize;
+    const Vec by = set1(divisor);
+    int64_t i = 0;
+    for (; i + Vec::kWidth <= n; i += Vec::kWidth) encode(buckets, div(load(w + i), by), packed + i / 2);
+    if (i < n) {
+      uint8_t last[Vec::kWidth / 2], pad[Vec::kWidth / 2];
+      encode(buckets, div(load_n(w + i, static_cast<int>(n - i)), by), last);
+      encode(buckets, zero(), pad);
+      if (n & 1) last[(n - i) / 2] = static_cast<uint8_t>((last[(n - i) / 2] & 0xf0u) | (pad[0] & 0x0fu));
+      std::memcpy(packed + i / 2, last, static_cast<size_t>((n - i + 1) / 2));
+    }
+  });
 }
 
 }  // namespace
