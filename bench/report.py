@@ -135,7 +135,7 @@ def markdown(rows: Sequence[Row]) -> str:
                 continue
             cells = [
                 ours["shape"].replace("x", "×"),
-                ours["M"].replace("0", "") if ours["M"] == "0" else ours["M"],
+                "" if ours["M"] == "0" else ours["M"],
             ]
             cells += [ours["cache"], _time(ours)]
             cells += [f"{float(ours[share]):.0%}" if ours[share] else "" for share in shares]

@@ -183,8 +183,9 @@ void bind_matmul(py::handle out_object, py::handle x_object, py::handle weight, 
     p.bias = matrix(bias);
   }
   if (out.numel == 0) return;
+  const size_t bytes = static_cast<size_t>(out.end() - out.begin());  // reads the tensor's own strides
   py::gil_scoped_release release;
-  prefer_huge_pages(out.data, static_cast<size_t>(out.end() - out.begin()));
+  prefer_huge_pages(out.data, bytes);
   matmul(p);
 }
 
@@ -199,8 +200,9 @@ void bind_dequantize(py::handle out_object, py::handle weight, int threads) {
   p.numel = w.numel;
   p.out = out.data;
   if (p.numel == 0) return;
+  const size_t bytes = static_cast<size_t>(out.end() - out.begin());
   py::gil_scoped_release release;
-  prefer_huge_pages(p.out, static_cast<size_t>(out.end() - out.begin()));
+  prefer_huge_pages(p.out, bytes);
   dequantize(p);
 }
 

@@ -146,8 +146,7 @@ struct AmxKernel : Bf16Panels {
 
 // The products of the adapters, which are thin on one side. The other side is read where it lies, once.
 //
-//   few outputs   x Aᵀ, dY B: rows of x are A tiles as they are; the weight, [outputs, inner] by any strides,
-//   becomes
+//   few outputs   x Aᵀ, dY B: rows of x are A tiles as they are; the weight, [outputs, inner] by any strides, becomes
 //                 pairs [inner / 2][outputs][2], once per call
 //   few rows      Gᵀ X, Tᵀ dY: rows of the weight become pairs in L2 on their way, 128 columns at a time
 constexpr int64_t kThin = 64;

@@ -1,12 +1,13 @@
 // The AMX instructions that we use, each wrapped once. A tile is 16 rows of 64 bytes at most; its shape comes
 // from the thread's configuration, which every thread loads for itself.
 //
-//   configure(config)            LDTILECFG    shapes of all tiles; their contents become zero
-//   release()                    TILERELEASE  back to the initial state, which costs nothing at a context
-//   switch tile_zero<T>()               TILEZERO tile_load<T>(p, stride)      TILELOADD    row r from p + r *
-//   stride (bytes) tile_stream<T>(p, stride)    TILELOADDT1  the same for data that will not be used again
-//   soon tile_store<T>(p, stride)     TILESTORED tile_dpbf16<C, A, B>()       TDPBF16PS    C[m][n] += sum_k
-//   A[m][2k] B[k][2n] + A[m][2k+1] B[k][2n+1]
+//   tile_configure(config)      LDTILECFG    shapes of all tiles; their contents become zero
+//   tile_release()              TILERELEASE  the initial state, which costs nothing at a context switch
+//   tile_zero<T>()              TILEZERO
+//   tile_load<T>(p, stride)     TILELOADD    row r from p + r * stride (bytes)
+//   tile_stream<T>(p, stride)   TILELOADDT1  the same for data that will not be used again soon
+//   tile_store<T>(p, stride)    TILESTORED
+//   tile_dpbf16<C, A, B>()      TDPBF16PS    C[m][n] += sum_k A[m][2k] B[k][2n] + A[m][2k+1] B[k][2n+1]
 //
 // Inline assembly: gcc 12's _tile_loadconfig names 8 bytes of its 64 as read, and its _tile_loadd none at
 // all, so that stores to either can be removed or moved behind them.
