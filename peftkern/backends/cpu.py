@@ -105,7 +105,8 @@ BACKEND = Backend(
 def use_isa(name: str | None) -> Iterator[None]:
     """Run the CPU kernels at instruction set level `name`, one of `_cpu.isa_levels()`; None means the best.
 
-    It holds for the whole process, and must not change while another thread is inside an op. Raises ValueError naming the levels of this machine.
+    It holds for the whole process, and must not change while another thread is inside an op. Raises
+    ValueError naming the levels of this machine.
     """
     if _cpu is None:
         raise RuntimeError(str(_missing))
