@@ -343,8 +343,8 @@ class Agreement:
 
     def __str__(self) -> str:
         return (
-            f"max |difference| {self.max_difference:.4f}, mean |difference| {self.mean_difference:.4f} "
-            f"({100 * self.mean_difference / self.mean_loss:.3f} % of the mean loss {self.mean_loss:.3f})"
+            f"max |difference| {self.max_difference:.2g}, mean |difference| {self.mean_difference:.2g} "
+            f"({100 * self.mean_difference / self.mean_loss:.2g} % of the mean loss {self.mean_loss:.3f})"
         )
 
 
@@ -354,7 +354,7 @@ def agreement(ours: Run, peer: Run) -> Agreement:
 
 
 def report(runs: list[Run], tokens_per_step: int) -> str:
-    rows = [("", "perplexity", "after", "s/step", "tokens/s", "projections", "adapters", "a step adds")]
+    rows = [("", "perplexity before", "after", "s/step", "tokens/s", "projections", "adapters", "a step adds")]
     for r in runs:
         second = r.step_seconds()
         rows.append(
