@@ -32,6 +32,7 @@ import gc
 import importlib.util
 import json
 import math
+import os
 import platform
 import statistics
 import sys
@@ -354,7 +355,9 @@ def agreement(ours: Run, peer: Run) -> Agreement:
 
 
 def report(runs: list[Run], tokens_per_step: int) -> str:
-    rows = [("", "perplexity before", "after", "s/step", "tokens/s", "projections", "adapters", "a step adds")]
+    rows = [
+        ("", "perplexity before", "after", "s/step", "tokens/s", "projections", "adapters", "a step adds")
+    ]
     for r in runs:
         second = r.step_seconds()
         rows.append(
@@ -407,6 +410,12 @@ def draw(path: Path, runs: list[Run], caption: str) -> None:
     figure.supxlabel(caption, fontsize="x-small", color="0.4")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
+
+
+def kernels_for(weight: peftkern.QuantizedWeight) -> str:
+    """Which of peftkern's backends and kernels runs a product with `weight`."""
+    x = torch.zeros(1, weight.in_features, dtype=weight.dtype)
+    return ", ".join(f"{c.backend} {c.detail}" for c in peftkern.explain("linear_4bit", x, weight).choices)
 
 
 def cpu_name() -> str:
@@ -508,6 +517,7 @@ def main(argv: list[str] | None = None) -> int:
             Run("bitsandbytes+peft NF4", peer_model(dense, weights, adapters, args.alpha), packed_bytes)
         )
 
+    kernels = kernels_for(next(iter(weights.values())))
     start = restart_peak()
     for r in runs:
         r.before = perplexity(r.model, text[1], args.batch, f"{r.label}, before")
@@ -521,6 +531,8 @@ def main(argv: list[str] | None = None) -> int:
     summary = {
         "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
+        "kernels": kernels,
+        "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(("OMP_", "PEFTKERN_"))},
         "versions": versions(),
         "options": {k: v for k, v in vars(args).items() if k not in ("out", "model_dir")},
         "train_tokens": training.numel(),
@@ -547,10 +559,10 @@ def main(argv: list[str] | None = None) -> int:
         )
         summary["agreement"] = vars(curves)
     args.out.mkdir(parents=True, exist_ok=True)
-    caption = f"{cpu_name()}, {torch.get_num_threads()} threads; {args.batch}×{args.seq_len} tokens a step"
+    machine = f"{cpu_name()}, {torch.get_num_threads()} threads, {kernels}"
     write_csv(args.out / "losses.csv", runs, per_step)
     (args.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    draw(args.out / "losses.png", runs, caption)
+    draw(args.out / "losses.png", runs, f"{machine}; {args.batch}×{args.seq_len} tokens a step")
     print(f"wrote {', '.join(str(args.out / f) for f in ('losses.csv', 'losses.png', 'summary.json'))}")
     return 0
 
