@@ -60,6 +60,8 @@ class Matmul {
     const int64_t blocks = ceil_div(p.rows, K::kMaxRows);
     block_rows = blocks == 1 ? p.rows : round_up(ceil_div(p.rows, blocks), K::kRowSplit);
     block_pad = p.transposed ? block_rows : round_up(block_rows, kLanes);
+    // An odd number of vectors from row to row: at a power of two the rows of a tile would meet on few cache sets.
+    if (!p.transposed && block_pad > 4 * kLanes && block_pad / kLanes % 2 == 0) block_pad += kLanes;
     panel_outputs = p.transposed ? K::kPanelColumns : K::kPanelRows;
   }
 

@@ -186,6 +186,7 @@ struct Bf16Panels {
 // blocks that stay in the L1 cache while kDotTask rows of W pass; the sums wait in memory, as vectors,
 // between blocks.
 constexpr int64_t kDotTask = 32;
+constexpr int64_t kDotAhead = 4;  // rows of W
 constexpr int64_t kDotBlockBytes = 32 * 1024;
 
 inline __m512 dot(__m512 sum, __m512i a, const Bf16* b) {
@@ -245,7 +246,7 @@ inline void dot_rows_4bit(const MatmulParams& p, const DotRow* w, const Bf16* x,
       words[r] = _mm512_loadu_si512(bytes);
       _mm_prefetch(
           reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(bytes) + static_cast<uintptr_t>(ahead)),
-          _MM_HINT_T1);
+          _MM_HINT_T0);
       const float* a = w[r].absmax + (k >> 7) * per_chunk;
       absmax[r] = units_of_32 ? _mm_loadu_ps(a)
                               : _mm_castsi128_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(a)));
@@ -360,13 +361,17 @@ inline void dot_bf16(const MatmulParams& p, const Bf16* x, const Bf16* t, const 
       dot_weights(p, o0, rows, absmax, w);
       for (int64_t begin = 0; begin < p.inner; begin += block) {
         const int64_t end = min_of(begin + block, p.inner);
-        // Bytes ahead: whole rows are one stream; else the row's next block, or the next task's first.
-        const int64_t ahead =
-            block >= p.inner ? 4096 : (end < p.inner ? block : kDotTask * p.inner - begin) / 2;
+        // The packed bytes to prefetch: those of the row kDotAhead further on in this block of x, then in the next
+        // block, then in the next task.
+        const int64_t row_bytes = p.inner / 2;
+        const int64_t wrap = end < p.inner ? block / 2 - rows * row_bytes : -(begin / 2);
+        const auto ahead = [&](int64_t r) {
+          return kDotAhead * row_bytes + (r + kDotAhead < rows ? 0 : wrap);
+        };
         int64_t r = 0;
         for (; r + kRows <= rows; r += kRows)
-          dot_rows_4bit<M, kRows>(p, w + r, x, begin, end, ahead, sums + r * M);
-        if (r < rows) dot_rows_4bit<M, 1>(p, w + r, x, begin, end, ahead, sums + r * M);
+          dot_rows_4bit<M, kRows>(p, w + r, x, begin, end, ahead(r), sums + r * M);
+        if (r < rows) dot_rows_4bit<M, 1>(p, w + r, x, begin, end, ahead(r), sums + r * M);
       }
     } else {
       for (int64_t r = 0; r < rows; ++r) {
