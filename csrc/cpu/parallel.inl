@@ -1,5 +1,5 @@
-// How a kernel shares its work out: tasks in order, large shares first, each task whole on one thread. What a task
-// computes may depend on its number only, so the bits do not depend on the threads.
+// How a kernel shares its work out: a few neighbouring tasks at a time to whoever is free, each task whole on one
+// thread. What a task computes may depend on its number only, so the bits do not depend on the threads.
 #pragma once
 
 #include <cstdint>
@@ -48,11 +48,13 @@ inline void parallel_tasks(int threads, int64_t tasks, const Body& body) {
     return;
   }
   const uint32_t mode = FloatMode::current();
+  // Eighths of a thread's part: neighbours prefetch for each other, and a core that others use too holds nobody up.
+  const int64_t share = tasks < 8 * threads ? 1 : tasks / (8 * threads);
 #pragma omp parallel num_threads(threads)
   {
     const FloatMode guard(mode);
     const int thread = thread_index();
-#pragma omp for schedule(guided)
+#pragma omp for schedule(dynamic, share)
     for (int64_t task = 0; task < tasks; ++task) body(thread, task);
   }
 }
