@@ -59,6 +59,7 @@ struct AmxKernel : Bf16Panels {
   static constexpr int kLanes = kTileLanes;
   static constexpr int kDepth = 1024;
   static constexpr int kPanelRows = 32;
+  static constexpr int kShortPanels = 1;
   static constexpr int kPanelColumns = 128;
   static constexpr int kMaxRows = 256;
   static constexpr int kRowSplit = 32;

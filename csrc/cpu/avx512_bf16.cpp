@@ -12,7 +12,8 @@ struct Bf16Kernel : Bf16Panels {
   static constexpr int kAccumulators = 24;
   static constexpr int kMaxVectors = 4;
   static constexpr int kDepth = 320;
-  static constexpr int kPanelRows = 48;
+  static constexpr int kPanelRows = 144;
+  static constexpr int kShortPanels = 3;  // a third as tall for few rows of x
   static constexpr int kPanelColumns = 128;
   static constexpr int kMaxRows = 384;
   static constexpr int kRowSplit = 48;

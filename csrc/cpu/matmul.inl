@@ -62,7 +62,9 @@ class Matmul {
     block_pad = p.transposed ? block_rows : round_up(block_rows, kLanes);
     // An odd number of vectors from row to row: at a power of two the rows of a tile would meet on few cache sets.
     if (!p.transposed && block_pad > 4 * kLanes && block_pad / kLanes % 2 == 0) block_pad += kLanes;
-    panel_outputs = p.transposed ? K::kPanelColumns : K::kPanelRows;
+    // Once x outgrows the L2 cache it streams from L3, once a panel: a panel is then as tall as that cache allows.
+    panel_outputs =
+        p.transposed ? K::kPanelColumns : (block_rows > 64 ? K::kPanelRows : K::kPanelRows / K::kShortPanels);
   }
 
   void run() {
@@ -78,11 +80,11 @@ class Matmul {
                                          : (segments[0].padded + segments[1].padded) * block_pad;
     const size_t x_bytes = align64(static_cast<size_t>(x_elems) * sizeof(Elem));
     const size_t panel_bytes =
-        align64(static_cast<size_t>(p.transposed ? kDepth * K::kPanelColumns : K::kPanelRows * kRowStride) *
+        align64(static_cast<size_t>(p.transposed ? kDepth * K::kPanelColumns : panel_outputs * kRowStride) *
                 sizeof(Elem));
-    const int64_t c_floats = p.transposed ? block_rows * K::kPanelColumns : K::kPanelRows * block_pad;
+    const int64_t c_floats = p.transposed ? block_rows * K::kPanelColumns : panel_outputs * block_pad;
     const size_t c_bytes = align64(static_cast<size_t>(c_floats) * sizeof(float));
-    const int64_t scale_floats = scales_per_row() * (p.transposed ? 0 : K::kPanelRows);
+    const int64_t scale_floats = scales_per_row() * (p.transposed ? 0 : panel_outputs);
     const size_t scale_bytes = align64(static_cast<size_t>(scale_floats) * sizeof(float));
     const size_t per_thread = panel_bytes + c_bytes + scale_bytes;
     char* memory = static_cast<char*>(scratch(x_bytes + per_thread * static_cast<size_t>(threads)));

@@ -14,7 +14,8 @@ struct F32Kernel {
   static constexpr int kAccumulators = kLanes == 16 ? 24 : 12;  // of 32 or 16 registers
   static constexpr int kMaxVectors = kLanes == 16 ? 4 : 3;
   static constexpr int kDepth = 256;
-  static constexpr int kPanelRows = 48;
+  static constexpr int kPanelRows = 96;
+  static constexpr int kShortPanels = 2;  // half as tall for few rows of x
   static constexpr int kPanelColumns = 96;
   static constexpr int kMaxRows = 240;
   static constexpr int kRowSplit = 48;
