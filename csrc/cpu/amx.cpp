@@ -950,7 +950,7 @@ void probe_bf16(const ProbeParams& p) { probe<AmxProducts>(p); }
 
 void matmul_bf16(const MatmulParams& p) {
   if (p.rows == 0 || p.outputs == 0) return;
-  if (dot_applies(p, 3)) return run_dot_bf16<3>(p);
+  if (dot_applies(p, 3)) return run_dot_bf16(p);
   if (p.weight4.packed && p.inner > 0 && Bf16Panels::reorders(p)) {
     if (p.transposed) return Pipeline<true, false>(p).run();
     if (p.rows > 32) return Pipeline<false, false>(p).run();

@@ -186,6 +186,7 @@ struct Bf16Panels {
 // blocks that stay in the L1 cache while kDotTask rows of W pass; the sums wait in memory, as vectors,
 // between blocks.
 constexpr int64_t kDotTask = 32;
+constexpr int64_t kDotGroup = 4;  // rows of x at a time
 constexpr int64_t kDotAhead = 4;  // rows of W
 constexpr int64_t kDotBlockBytes = 32 * 1024;
 
@@ -341,64 +342,66 @@ inline __m512 reduce_16(const __m512* v, int64_t stride, int64_t count) {
   return _mm512_add_ps(_mm512_shuffle_ps(a[0], a[1], 0x88), _mm512_shuffle_ps(a[0], a[1], 0xdd));
 }
 
+// What one task works on: outputs o0 … o0 + rows, decoded from w if W is 4-bit.
+struct DotTask {
+  const DotRow* w;
+  int64_t o0, rows;
+  __m512* sums;  // [rows][M]
+  Bf16* row;     // room for a row of dense W or u
+};
+
+// The task for rows m0 … m0 + M of x, at most kDotGroup; x and t are those rows', packed.
 template <int M>
-inline void dot_bf16(const MatmulParams& p, const Bf16* x, const Bf16* t, const DotBuffers& buffers,
-                     int threads) {
-  constexpr int kRows = M <= 6 ? 2 : 1;  // of W at a time
-  const bool four_bit = p.weight4.packed != nullptr;
-  const int64_t blocks = ceil_div(p.inner * M * 2, kDotBlockBytes);
-  const int64_t block = round_up(ceil_div(p.inner, blocks), 128);
-  parallel_tasks(threads, ceil_div(p.outputs, kDotTask), [&](int thread, int64_t task) {
-    char* mine = buffers.memory + buffers.total() * thread;
-    __m512* sums = reinterpret_cast<__m512*>(mine);
-    float* absmax = reinterpret_cast<float*>(mine + buffers.sums);
-    Bf16* row = reinterpret_cast<Bf16*>(mine + buffers.sums + buffers.absmax);
-    const int64_t o0 = task * kDotTask;
-    const int64_t rows = min_of(kDotTask, p.outputs - o0);
-    if (four_bit) {
-      DotRow w[kDotTask];
-      prefetch_absmax(p.weight4, (o0 + kDotTask) * p.inner, kDotTask * p.inner);
-      dot_weights(p, o0, rows, absmax, w);
-      for (int64_t begin = 0; begin < p.inner; begin += block) {
-        const int64_t end = min_of(begin + block, p.inner);
-        // The packed bytes to prefetch: those of the row kDotAhead further on in this block of x, then in the next
-        // block, then in the next task.
-        const int64_t row_bytes = p.inner / 2;
-        const int64_t wrap = end < p.inner ? block / 2 - rows * row_bytes : -(begin / 2);
-        const auto ahead = [&](int64_t r) {
-          return kDotAhead * row_bytes + (r + kDotAhead < rows ? 0 : wrap);
-        };
-        int64_t r = 0;
-        for (; r + kRows <= rows; r += kRows)
-          dot_rows_4bit<M, kRows>(p, w + r, x, begin, end, ahead(r), sums + r * M);
-        if (r < rows) dot_rows_4bit<M, 1>(p, w + r, x, begin, end, ahead(r), sums + r * M);
-      }
-    } else {
-      for (int64_t r = 0; r < rows; ++r) {
-        const bool direct = p.dense.dtype == DType::bf16 && p.dense.stride1 == 1;
-        if (!direct) read_row(p.dense, o0 + r, 0, p.inner, row);
-        const Bf16* source =
-            direct ? static_cast<const Bf16*>(p.dense.data) + (o0 + r) * p.dense.stride0 : row;
-        for (int m = 0; m < M; ++m) sums[r * M + m] = _mm512_setzero_ps();
-        add_dot<M>(source, x, p.inner, p.inner, sums + r * M);
-      }
+inline void dot_group(const MatmulParams& p, const DotTask& task, int64_t m0, const Bf16* x, const Bf16* t) {
+  constexpr int kRows = 2;  // of W at a time
+  const int64_t o0 = task.o0, rows = task.rows;
+  __m512* sums = task.sums;
+  if (p.weight4.packed) {
+    const int64_t blocks = ceil_div(p.inner * M * 2, kDotBlockBytes);
+    const int64_t block = round_up(ceil_div(p.inner, blocks), 128);
+    for (int64_t begin = 0; begin < p.inner; begin += block) {
+      const int64_t end = min_of(begin + block, p.inner);
+      // The packed bytes to prefetch: those of the row kDotAhead further on in this block of x, then in the next
+      // block, then in the next task.
+      const int64_t row_bytes = p.inner / 2;
+      const int64_t wrap = end < p.inner ? block / 2 - rows * row_bytes : -(begin / 2);
+      const auto ahead = [&](int64_t r) { return kDotAhead * row_bytes + (r + kDotAhead < rows ? 0 : wrap); };
+      int64_t r = 0;
+      for (; r + kRows <= rows; r += kRows)
+        dot_rows_4bit<M, kRows>(p, task.w + r, x, begin, end, ahead(r), sums + r * M);
+      if (r < rows) dot_rows_4bit<M, 1>(p, task.w + r, x, begin, end, ahead(r), sums + r * M);
     }
-    for (int64_t r = 0; p.rank && r < rows; ++r) {
-      read_row(p.u, o0 + r, 0, p.rank, row);
-      add_dot<M>(row, t, p.rank, p.rank, sums + r * M);
+  } else {
+    for (int64_t r = 0; r < rows; ++r) {
+      const bool direct = p.dense.dtype == DType::bf16 && p.dense.stride1 == 1;
+      if (!direct) read_row(p.dense, o0 + r, 0, p.inner, task.row);
+      const Bf16* source =
+          direct ? static_cast<const Bf16*>(p.dense.data) + (o0 + r) * p.dense.stride0 : task.row;
+      for (int m = 0; m < M; ++m) sums[r * M + m] = _mm512_setzero_ps();
+      add_dot<M>(source, x, p.inner, p.inner, sums + r * M);
     }
-    alignas(64) float bias[kDotTask] = {};
-    if (p.bias.data) read_row(p.bias, 0, o0, rows, bias);
-    for (int m = 0; m < M; ++m) {
-      alignas(64) float y[kDotTask];
-      for (int64_t r = 0; r < rows; r += 16) {
-        const __m512 sum = reduce_16(sums + r * M + m, M, rows - r);
-        const __m512 scaled = _mm512_mul_ps(sum, _mm512_set1_ps(p.alpha));
-        _mm512_store_ps(y + r, _mm512_add_ps(scaled, _mm512_load_ps(bias + r)));
-      }
-      write_row(p.out, m, o0, y, rows);
+  }
+  for (int64_t r = 0; p.rank && r < rows; ++r) {
+    read_row(p.u, o0 + r, 0, p.rank, task.row);
+    add_dot<M>(task.row, t, p.rank, p.rank, sums + r * M);
+  }
+  alignas(64) float bias[kDotTask] = {};
+  if (p.bias.data) read_row(p.bias, 0, o0, rows, bias);
+  for (int m = 0; m < M; ++m) {
+    alignas(64) float y[kDotTask];
+    for (int64_t r = 0; r < rows; r += 16) {
+      const __m512 sum = reduce_16(sums + r * M + m, M, rows - r);
+      const __m512 scaled = _mm512_mul_ps(sum, _mm512_set1_ps(p.alpha));
+      _mm512_store_ps(y + r, _mm512_add_ps(scaled, _mm512_load_ps(bias + r)));
     }
-  });
+    write_row(p.out, m0 + m, o0, y, rows);
+  }
+}
+
+// Rows of x in groups as even as may be: 9 are 3 + 3 + 3. The first group brings a task's W into L2, the others find
+// it there; a group's share of x stays in L1, which more rows at once would not.
+inline int64_t dot_group_begin(int64_t rows, int64_t group) {
+  return rows * group / ceil_div(rows, kDotGroup);
 }
 
 // Plain, few rows, and units of W that lie within one row and one block.
@@ -407,44 +410,60 @@ inline bool dot_applies(const MatmulParams& p, int64_t most) {
   return !p.transposed && p.rows <= most && p.inner > 0 && (!p.weight4.packed || p.inner % unit == 0);
 }
 
-template <int M>
-inline void dot_by_rows(const MatmulParams& p, const Bf16* x, const Bf16* t, const DotBuffers& buffers,
-                        int threads) {
-  if (p.rows == M) return dot_bf16<M>(p, x, t, buffers, threads);
-  if constexpr (M > 1) dot_by_rows<M - 1>(p, x, t, buffers, threads);
-}
-
-template <int kMost>
 inline void run_dot_bf16(const MatmulParams& p) {
   const double work =
       static_cast<double>(p.rows) * static_cast<double>(p.outputs) * static_cast<double>(p.inner);
   const int threads = work < (1 << 18) ? 1 : p.threads;
-  const int64_t x_stride = p.weight4.packed ? round_up(p.inner, 128) : p.inner;
+  const bool four_bit = p.weight4.packed != nullptr;
+  const int64_t x_stride = four_bit ? round_up(p.inner, 128) : p.inner;
   const int64_t x_bytes = round_up((x_stride + p.rank) * p.rows * 2, 64);
   DotBuffers buffers;
-  buffers.sums = kDotTask * p.rows * 64;
-  buffers.absmax = p.weight4.packed ? round_up(kDotTask * (p.inner / 16 + 2) * 4, 64) : 0;
+  buffers.sums = kDotTask * kDotGroup * 64;
+  buffers.absmax = four_bit ? round_up(kDotTask * (p.inner / 16 + 2) * 4, 64) : 0;
   buffers.row = round_up(max_of(p.inner, p.rank) * 2, 64);
   char* memory = static_cast<char*>(scratch(static_cast<size_t>(x_bytes + buffers.total() * threads)));
   buffers.memory = memory + x_bytes;
   Bf16* x = reinterpret_cast<Bf16*>(memory);
   Bf16* t = x + x_stride * p.rows;
-  for (int64_t m = 0; m < p.rows; ++m) {
-    if (!p.weight4.packed) read_row(p.x, m, 0, p.inner, x + m * x_stride);
-    for (int64_t k = 0; p.weight4.packed && k < x_stride; k += 128) {
-      alignas(64) Bf16 natural[128];
-      const int64_t n = min_of<int64_t>(128, p.inner - k);
-      read_row(p.x, m, k, n, natural);
-      std::memset(natural + n, 0, static_cast<size_t>(128 - n) * sizeof(Bf16));
-      for (int half = 0; half < 2; ++half) {
-        Bf16Panels::reorder(natural + 64 * half);
-        Bf16* chunk = x + k * p.rows + m * 128 + 16 * half;
-        for (int j = 0; j < 4; ++j) std::memcpy(chunk + 32 * j, natural + 64 * half + 16 * j, 32);
+  const int64_t groups = ceil_div(p.rows, kDotGroup);
+  for (int64_t g = 0; g < groups; ++g) {
+    const int64_t m0 = dot_group_begin(p.rows, g), rows = dot_group_begin(p.rows, g + 1) - m0;
+    for (int64_t m = 0; m < rows; ++m) {
+      if (!four_bit) read_row(p.x, m0 + m, 0, p.inner, x + (m0 + m) * x_stride);
+      for (int64_t k = 0; four_bit && k < x_stride; k += 128) {
+        alignas(64) Bf16 natural[128];
+        const int64_t n = min_of<int64_t>(128, p.inner - k);
+        read_row(p.x, m0 + m, k, n, natural);
+        std::memset(natural + n, 0, static_cast<size_t>(128 - n) * sizeof(Bf16));
+        for (int half = 0; half < 2; ++half) {
+          Bf16Panels::reorder(natural + 64 * half);
+          Bf16* chunk = x + m0 * x_stride + k * rows + m * 128 + 16 * half;
+          for (int j = 0; j < 4; ++j) std::memcpy(chunk + 32 * j, natural + 64 * half + 16 * j, 32);
+        }
       }
+      if (p.rank) read_row(p.t, m0 + m, 0, p.rank, t + (m0 + m) * p.rank);
     }
-    if (p.rank) read_row(p.t, m, 0, p.rank, t + m * p.rank);
   }
-  dot_by_rows<kMost>(p, x, t, buffers, threads);
+  parallel_tasks(threads, ceil_div(p.outputs, kDotTask), [&](int thread, int64_t index) {
+    char* mine = buffers.memory + buffers.total() * thread;
+    DotRow w[kDotTask];
+    const int64_t o0 = index * kDotTask;
+    const DotTask task = {w, o0, min_of(kDotTask, p.outputs - o0), reinterpret_cast<__m512*>(mine),
+                          reinterpret_cast<Bf16*>(mine + buffers.sums + buffers.absmax)};
+    if (four_bit) {
+      prefetch_absmax(p.weight4, (o0 + kDotTask) * p.inner, kDotTask * p.inner);
+      dot_weights(p, o0, task.rows, reinterpret_cast<float*>(mine + buffers.sums), w);
+    }
+    for (int64_t g = 0; g < groups; ++g) {
+      const int64_t m0 = dot_group_begin(p.rows, g), rows = dot_group_begin(p.rows, g + 1) - m0;
+      const Bf16* group_x = x + m0 * x_stride;
+      const Bf16* group_t = t + m0 * p.rank;
+      if (rows == 1) dot_group<1>(p, task, m0, group_x, group_t);
+      if (rows == 2) dot_group<2>(p, task, m0, group_x, group_t);
+      if (rows == 3) dot_group<3>(p, task, m0, group_x, group_t);
+      if (rows == 4) dot_group<4>(p, task, m0, group_x, group_t);
+    }
+  });
 }
 
 }  // namespace
