@@ -2,13 +2,25 @@
 
 A primitive writes into `out`, which the caller allocated; it allocates nothing that outlives the call.
 
-    matmul(out, x, weight, transposed, alpha, t, u, bias)
-        out[m, o] = alpha * (sum_c x[m, c] w(o, c) + sum_r t[m, r] u[o, r]) + bias[o]
+    matmul(out, x, weight, transposed, alpha, t, u, bias, spread)
+        out[m, o] = alpha * (sum_c x[m, c] w(o, c) + sum_r t[m, r] u[o, r]) + bias[o] + s(m, o)
         plain:       w(o, c) = W[o, c], W is [outputs, inner]
         transposed:  w(o, c) = W[c, o], W is [inner, outputs]
-        weight is a Weight4 or a dense matrix; t, u and bias may be None; matrices are 2-D with any strides.
-    matmul_dense(out, x, weight, transposed, t, u, bias)
+        weight is a Weight4 or a dense matrix; t, u, bias and spread may be None; matrices are 2-D with any
+        strides. inner = 0 (x [M, 0], weight [outputs, 0]) leaves the addends.
+        spread = (v, grouped, length), v fp32 [M, P], P >= 1, with a column stride of 1:
+        grouped:     s(m, o) = v[m, g(o)], the outputs cut into P contiguous groups, the first outputs mod P
+                     of them one longer than the others
+        cyclic:      s(m, o) = sum of v[m, p mod P] over those p < length with p mod outputs = o
+    matmul_dense(out, x, weight, transposed, t, u, bias, spread)
         the same with alpha = 1, for a big dense W of x's dtype, where a vendor's GEMM is the best kernel
+    compress(out, x, grouped, length, rotation, inverse)
+        out [M, P] fp32, bf16 or fp16 with a column stride of 1; x [M, I], any strides; the adjoint of spread:
+        grouped:     out[m, q] = sum of x[m, i] over g(i) = q, I columns in P groups (0 for an empty one)
+        cyclic:      out[m, q] = sum of x[m, p mod I] over those p < length with p mod P = q
+        rotation     None, or fp32 [n, 2, h] (cos, sin), contiguous, n * 2h = P: block b of 2h columns becomes
+                     (z1 cos - z2 sin, z2 cos + z1 sin), z1 and z2 its halves; sin negated when inverse
+        all in fp32 with one rounding to out's dtype at the end
     dequantize(out, weight)              out: contiguous [N, K] fp32, bf16 or fp16; weight: Weight4
     quantize(weight, packed, absmax, quant_type, blocksize)
         packed uint8 [ceil(N K / 2)] and absmax fp32 [ceil(N K / blocksize)] from a contiguous weight
@@ -28,6 +40,8 @@ from torch import Tensor
 Nested4 = tuple[Tensor, Tensor, Tensor, int]
 # packed, absmax, nested, quant_type, blocksize, N, K
 Weight4 = tuple[Tensor, Tensor, Nested4 | None, str, int, int, int]
+# values, grouped, length
+Spread = tuple[Tensor, bool, int]
 
 Primitive = Callable[..., None]
 
@@ -37,7 +51,7 @@ class Call(NamedTuple):
 
     primitive: str
     device: torch.device
-    dtype: torch.dtype  # of x for matmul and dropout, of out for dequantize, of weight for quantize
+    dtype: torch.dtype  # of x for matmul, compress and dropout, of out for dequantize, of weight for quantize
 
     def __str__(self) -> str:
         return f"{self.primitive} {str(self.dtype).removeprefix('torch.')} on {self.device}"

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from peftkern import reference
-from peftkern.backends import Backend, Call, Weight4
+from peftkern.backends import Backend, Call, Spread, Weight4
 from peftkern.formats import DoubleQuant, QuantizedWeight
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -29,9 +29,10 @@ def matmul(
     t: Tensor | None = None,
     u: Tensor | None = None,
     bias: Tensor | None = None,
+    spread: Spread | None = None,
 ) -> None:
     # in fp32 up to here: out's dtype may be wider than x's
-    out.copy_(reference.matmul(x.float(), _weight(weight), transposed, alpha, t, u, bias))
+    out.copy_(reference.matmul(x.float(), _weight(weight), transposed, alpha, t, u, bias, spread))
 
 
 def matmul_dense(
@@ -42,8 +43,20 @@ def matmul_dense(
     t: Tensor | None = None,
     u: Tensor | None = None,
     bias: Tensor | None = None,
+    spread: Spread | None = None,
 ) -> None:
-    matmul(out, x, weight, transposed, 1.0, t, u, bias)
+    matmul(out, x, weight, transposed, 1.0, t, u, bias, spread)
+
+
+def compress(
+    out: Tensor,
+    x: Tensor,
+    grouped: bool,
+    length: int,
+    rotation: Tensor | None = None,
+    inverse: bool = False,
+) -> None:
+    out.copy_(reference.compress(x.float(), out.shape[1], grouped, length, rotation, inverse))
 
 
 def dequantize(out: Tensor, weight: Weight4) -> None:
@@ -73,6 +86,7 @@ BACKEND = Backend(
     rows={
         "matmul": matmul,
         "matmul_dense": matmul_dense,
+        "compress": compress,
         "dequantize": dequantize,
         "quantize": quantize,
         "dropout": dropout,
