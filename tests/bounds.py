@@ -183,6 +183,32 @@ def linear(
     return found
 
 
+def merged(weight: Tensor | QuantizedWeight, delta: Approx) -> Approx:
+    """W + ΔW as merge gives it: the fp32 sum, rounded to W's dtype, and quantized again where W is 4-bit.
+
+    A code is the nearest one, so it errs by half a gap between neighbouring codes, times the block's absmax.
+    A nested absmax errs by half a gap of its 8-bit code (0.9 / 64, and bins of 2^-15: formats.DYNAMIC_CODE),
+    times the largest |absmax - offset| of its 256 blocks. delta [N, K].
+    """
+    values = weight if isinstance(weight, Tensor) else reference.dequantize_4bit(weight, torch.float32)
+    total = Approx(exact(values).value + delta.value, delta.error, delta.typical)
+    total = total.plus(U32).rounded(weight.dtype)
+    if isinstance(weight, Tensor):
+        return total
+    numel = total.value.numel()
+    pad = -numel % weight.blocksize
+    size = torch.nn.functional.pad((total.value.abs() + total.error).flatten(), (0, pad))
+    absmax = size.view(-1, weight.blocksize).amax(1)
+    # the widest gap: -1 to -0.6962 of NF4, 2/3 to 1 of FP4
+    error = {"nf4": 0.15191, "fp4": 0.16667}[weight.quant_type] * absmax
+    if weight.nested is not None:
+        centred = (absmax - absmax.mean()).abs() + 2.0 * total.error.max()
+        groups = torch.nn.functional.pad(centred, (0, -absmax.numel() % 256)).view(-1, 256).amax(1)
+        error = error + (0.9 / 128 + 2.0**-16) * groups.repeat_interleave(256)[: absmax.numel()]
+    error = (error * (1 + 8 * U32)).repeat_interleave(weight.blocksize)[:numel].view(total.value.shape)
+    return Approx(total.value, total.error + error, (total.typical.square() + error.square() / 3.0).sqrt())
+
+
 def _also(result: Approx, part: Tensor, dtype: torch.dtype) -> Approx:
     """One more rounding, of a part of the sum."""
     unit = UNIT[dtype]

@@ -39,7 +39,8 @@ def operands(M: int = 6, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ..
 def model(
     x: Tensor, weight: Tensor | QuantizedWeight, A: Tensor, B: Tensor, bias: Tensor, p: float = 0.0
 ) -> Tensor:
-    return torch.nn.functional.silu(lora_linear(x * 1.5, weight, A, B, 0.5, bias, p))
+    # neighbours that every compiler computes to the bit
+    return torch.nn.functional.relu(lora_linear(x * 1.5, weight, A, B, 0.5, bias, p))
 
 
 def value_and_gradients(f: Callable[..., Tensor], weight: Any, tensors: tuple[Tensor, ...]) -> list[Tensor]:
@@ -48,20 +49,20 @@ def value_and_gradients(f: Callable[..., Tensor], weight: Any, tensors: tuple[Te
     return [y.detach(), *torch.autograd.grad(y.square().sum(), tensors)]
 
 
-def assert_same(found: list[Tensor], expected: list[Tensor], exact: bool = True) -> None:
+def assert_same(found: list[Tensor], expected: list[Tensor]) -> None:
     for name, a, b in zip(("y", "x", "lora_A", "lora_B", "bias"), found, expected, strict=True):
         assert a.dtype == b.dtype, name
-        assert torch.equal(a, b) if exact else torch.allclose(a, b, rtol=1e-5, atol=1e-5), name
+        assert torch.equal(a, b), name
 
 
 @pytest.mark.parametrize("kind", ["plain", "nested", "dense"])
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager", "inductor"])
 def test_compiled_is_eager(compiler: str, kind: str) -> None:
-    """fullgraph, forward and backward. inductor may order the operations around ours otherwise."""
+    """fullgraph, forward and backward: the same bits, those of torch's GEMM beside a dense W included."""
     weight, tensors = weight_of(kind), operands()
     compiled = torch.compile(model, fullgraph=True, backend=compiler)
     expected = value_and_gradients(model, weight, tensors)
-    assert_same(value_and_gradients(compiled, weight, tensors), expected, exact=compiler != "inductor")
+    assert_same(value_and_gradients(compiled, weight, tensors), expected)
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
@@ -72,7 +73,7 @@ def test_dynamic_rows(compiler: str) -> None:
     for M in (6, 17, 1, 0, 70):
         tensors = operands(M)
         expected = value_and_gradients(model, weight, tensors)
-        assert_same(value_and_gradients(compiled, weight, tensors), expected, exact=compiler != "inductor")
+        assert_same(value_and_gradients(compiled, weight, tensors), expected)
 
 
 def test_mixed_dtypes_and_batches_compiled() -> None:
@@ -278,7 +279,7 @@ def test_tracing_records_the_op() -> None:
 @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 @pytest.mark.parametrize("kind", ["nested", "dense"])
 def test_functorch(kind: str) -> None:
-    """grad, vmap over each argument, per-sample gradients, jacrev: what autograd and a loop give."""
+    """grad, vmap over each argument, per-sample gradients, jacrev: the bits that autograd and a loop give."""
     weight = weight_of(kind)
     x, A, B, bias = operands()
     func = torch.func
@@ -289,7 +290,7 @@ def test_functorch(kind: str) -> None:
     found = func.grad(loss, (0, 1, 2, 3))(x, A, B, bias)
     expected = torch.autograd.grad(loss(x, A, B, bias), (x, A, B, bias))
     for a, b in zip(found, expected, strict=True):
-        assert torch.allclose(a, b, rtol=1e-5, atol=1e-4)
+        assert torch.equal(a, b)
 
     def f(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         return lora_linear(x, weight, A, B, 0.5, bias)
@@ -301,22 +302,22 @@ def test_functorch(kind: str) -> None:
         batched = func.vmap(f, dims)(*(many[i] if i == index else one[i] for i in range(3)))
         for j in range(3):
             single = f(*(many[i][j] if i == index else one[i] for i in range(3)))
-            assert torch.allclose(batched[j], single, rtol=1e-5, atol=1e-5)
+            assert torch.equal(batched[j], single)
 
     per_sample = func.vmap(func.grad(lambda A, x: f(x, A, B).square().sum()), (None, 0))(A, many[0])
     for j in range(3):
         (single,) = torch.autograd.grad(f(many[0][j], A, B).square().sum(), A)
-        assert torch.allclose(per_sample[j], single, rtol=1e-5, atol=1e-3)
+        assert torch.equal(per_sample[j], single)
 
     jacobian = func.jacrev(lambda x: f(x, A, B).sum(0))(x)
-    assert jacobian.shape == (N, 6, K)
     y = f(x, A, B)
+    for n in range(N):
+        (row,) = torch.autograd.grad(y[:, n].sum(), x, retain_graph=True)
+        assert torch.equal(jacobian[n], row)
     grads = torch.randn(2, 6, N)
     (batched_dx,) = torch.autograd.grad(y, x, grads, is_grads_batched=True, retain_graph=True)
     for j in range(2):
-        assert torch.allclose(
-            batched_dx[j], torch.autograd.grad(y, x, grads[j], retain_graph=True)[0], atol=1e-4
-        )
+        assert torch.equal(batched_dx[j], torch.autograd.grad(y, x, grads[j], retain_graph=True)[0])
 
 
 @pytest.mark.parametrize("kind", ["nested", "dense"])
