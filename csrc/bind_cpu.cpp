@@ -121,8 +121,36 @@ PackedWeight packed_weight(py::handle object, const TensorView& out) {
   return w;
 }
 
+// grouped or cyclic, and how far the cycles go: an addressable number of columns. Beyond that a sum of column numbers
+// might not fit 64 bits.
+void expect_walk(const char* grouped_name, py::handle grouped, const char* length_name, py::handle length) {
+  constexpr int64_t kMost = int64_t{1} << 48;
+  if (!PyBool_Check(grouped.ptr()))
+    throw py::type_error(text(grouped_name, ": expected a bool, got ", Py_TYPE(grouped.ptr())->tp_name));
+  const int64_t value = integer(length_name, length);
+  if (value < 0 || value > kMost)
+    throw py::value_error(text(length_name, ": expected 0 to 2^48, got ", value));
+}
+
+Spread spread(py::handle object, const TensorView& out) {
+  expect_tuple("spread", "None or (values, grouped, length)", object, 3);
+  const auto item = [&](int i) { return py::handle(PyTuple_GET_ITEM(object.ptr(), i)); };
+  const TensorView values = matrix_view("spread values", item(0));
+  expect_dtype(values, {ScalarType::f32});
+  if (values.shape[1] < 1)
+    throw py::value_error(text("spread values: expected 1 column or more, got ", values.shape_text()));
+  expect_shape(values, {out.shape[0], values.shape[1]});
+  if (values.shape[1] > 1 && values.strides[1] != 1)
+    throw py::value_error(text("spread values: expected neighbouring columns, got strides [",
+                               values.strides[0], ", ", values.strides[1], "]"));
+  expect_disjoint(out, values);
+  expect_walk("spread grouped", item(1), "spread length", item(2));
+  return {matrix(values), values.shape[1], item(1).ptr() == Py_True, integer("spread length", item(2))};
+}
+
 void bind_matmul(py::handle out_object, py::handle x_object, py::handle weight, bool transposed, float alpha,
-                 py::handle t_object, py::handle u_object, py::handle bias_object, int threads) {
+                 py::handle t_object, py::handle u_object, py::handle bias_object, py::handle spread_object,
+                 int threads) {
   MatmulParams p;
   p.threads = checked_threads(threads);
   p.transposed = transposed;
@@ -182,6 +210,7 @@ void bind_matmul(py::handle out_object, py::handle x_object, py::handle weight, 
     expect_disjoint(out, bias);
     p.bias = matrix(bias);
   }
+  if (!spread_object.is_none()) p.spread = spread(spread_object, out);
   if (out.numel == 0) return;
   const size_t bytes = static_cast<size_t>(out.end() - out.begin());  // reads the tensor's own strides
   py::gil_scoped_release release;
@@ -356,8 +385,8 @@ void define(py::module_& m) {
 
   using py::arg;
   m.def("matmul", bind_matmul, arg("out"), arg("x"), arg("weight"), arg("transposed").noconvert(),
-        arg("alpha"), arg("t"), arg("u"), arg("bias"), arg("threads"),
-        "out[m, o] = alpha * (sum_c x[m, c] w(o, c) + sum_r t[m, r] u[o, r]) + bias[o]");
+        arg("alpha"), arg("t"), arg("u"), arg("bias"), arg("spread"), arg("threads"),
+        "out[m, o] = alpha * (sum_c x[m, c] w(o, c) + sum_r t[m, r] u[o, r]) + bias[o] + spread(m, o)");
   m.def("dequantize", bind_dequantize, arg("out"), arg("weight"), arg("threads"),
         "out[i] = round(code[q[i]] * absmax[i // blocksize]) over the flat index");
   m.def("quantize", bind_quantize, arg("weight"), arg("packed"), arg("absmax"), arg("quant_type"),

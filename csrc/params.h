@@ -57,7 +57,19 @@ struct QuantizeParams {
   int threads = 1;
 };
 
-// out[m, o] = alpha * (sum_c x[m, c] w(o, c) + sum_r t[m, r] u[o, r]) + bias[o]
+// An addend with a few columns that many outputs share. Wide columns (the outputs) and narrow ones (of values):
+//   cyclic    for every p < length, wide column p mod wide goes with narrow column p mod columns
+//   grouped   the wide columns are cut into `columns` neighbouring groups, the first wide mod columns of them one
+//             longer than the others; group g goes with narrow column g
+// spread(m, o) = sum of values[m, q] over all pairs (o, q)
+struct Spread {
+  Matrix values;  // fp32 [rows, columns], stride1 == 1
+  int64_t columns = 0;
+  bool grouped = false;
+  int64_t length = 0;
+};
+
+// out[m, o] = alpha * (sum_c x[m, c] w(o, c) + sum_r t[m, r] u[o, r]) + bias[o] + spread(m, o)
 //
 //   m < rows, o < outputs, c < inner, r < rank
 //   plain:       w(o, c) = W[o, c], W is [outputs, inner]     forward
@@ -77,6 +89,7 @@ struct MatmulParams {
   Matrix t;     // [rows, rank]
   Matrix u;     // [outputs, rank]
   Matrix bias;  // [outputs], stride1
+  Spread spread;
   float alpha = 1.0f;
   Matrix out;  // [rows, outputs], never aliases an input
   int threads = 1;

@@ -8,6 +8,8 @@ from torch import Tensor, dtype
 _Nested = tuple[Tensor, Tensor, Tensor, int]
 # (packed, absmax, nested, quant_type, blocksize, N, K)
 _PackedWeight = tuple[Tensor, Tensor, _Nested | None, str, int, int, int]
+# (values fp32 [rows, P], grouped, length)
+_Spread = tuple[Tensor, bool, int]
 
 def matmul(
     out: Tensor,
@@ -18,6 +20,7 @@ def matmul(
     t: Tensor | None,
     u: Tensor | None,
     bias: Tensor | None,
+    spread: _Spread | None,
     threads: int,
 ) -> None: ...
 def dequantize(out: Tensor, weight: _PackedWeight, threads: int) -> None: ...

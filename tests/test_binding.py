@@ -57,6 +57,7 @@ def matmul(**changes: Any) -> Tensor:
         "t": None,
         "u": None,
         "bias": None,
+        "spread": None,
         "threads": 1,
     }
     a.update(changes)
@@ -294,6 +295,50 @@ def test_out_must_not_share_memory() -> None:
         _cpu.dequantize(memory, weight, 1)
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", [*NOT_TENSORS, *BAD_TENSORS, "bfloat16", "columns apart"])
+def test_spread_values_are_refused(kind: str) -> None:
+    bad: Callable[..., Any] = {
+        **NOT_TENSORS,
+        **BAD_TENSORS,
+        "bfloat16": lambda *shape: torch.zeros(shape).bfloat16(),
+        "columns apart": lambda m, p: torch.zeros(p, m).t(),
+    }[kind]
+    with pytest.raises(
+        TypeError if kind in NOT_TENSORS else ValueError, match=r"^spread values: expected .*, got "
+    ):
+        matmul(spread=(bad(M, 8), False, N))
+
+
+@pytest.mark.parametrize(
+    ("spread", "error", "message"),
+    [
+        (torch.zeros(M, 8), TypeError, r"spread: expected None or \(values, grouped, length\), got a Tensor"),
+        ((torch.zeros(M, 8), False), TypeError, "spread: expected .*, got a tuple of 2"),
+        ((torch.zeros(M, 0), False, N), ValueError, r"values: expected 1 column or more, got \[3, 0\]"),
+        ((torch.zeros(M - 1, 8), False, N), ValueError, r"values: expected shape \[3, 8\], got \[2, 8\]"),
+        ((torch.zeros(M, 8), 1, N), TypeError, "spread grouped: expected a bool, got int"),
+        ((torch.zeros(M, 8), None, N), TypeError, "spread grouped: expected a bool, got NoneType"),
+        ((torch.zeros(M, 8), False, None), TypeError, "spread length: expected an int, got NoneType"),
+        ((torch.zeros(M, 8), False, -1), ValueError, r"spread length: expected 0 to 2\^48, got -1"),
+        ((torch.zeros(M, 8), False, 2**48 + 1), ValueError, r"length: expected 0 to 2\^48, got 2814749"),
+        ((torch.zeros(M, 8), True, -1), ValueError, r"spread length: expected 0 to 2\^48, got -1"),
+        ((torch.zeros(M, 8), True, 2**64), ValueError, "spread length: expected an int of 64 bits"),
+    ],
+)  # fmt: skip
+def test_spread_is_refused(spread: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        matmul(spread=spread)
+
+
+def test_spread_shares_no_memory_with_out() -> None:
+    out = torch.empty(M, N)
+    with pytest.raises(
+        ValueError, match=r"out: expected memory apart from .*, got memory shared with spread"
+    ):
+        matmul(out=out, spread=(out[:, :8], False, N))
+
+
 def test_dequantize_refuses() -> None:
     with pytest.raises(ValueError, match="out: expected 6144 elements, got 6143"):
         _cpu.dequantize(torch.empty(N * K - 1), packed_weight(), 1)
@@ -415,7 +460,7 @@ def test_functorch_wrappers_are_refused(transform: str) -> None:
     x, weight, out = torch.randn(M, K), torch.randn(N, K), torch.empty(M, N)
 
     def f(x: Tensor) -> Tensor:
-        _cpu.matmul(out, x, weight, False, 1.0, None, None, None, 1)
+        _cpu.matmul(out, x, weight, False, 1.0, None, None, None, None, 1)
         return x.sum()
 
     calls: dict[str, Callable[[], Any]] = {
@@ -488,7 +533,7 @@ def step():
             x = torch.linspace(-1, 1, rows * 512).view(rows, 512).to(dtype)
             for transposed in (False, True):
                 results.append(torch.empty(rows, 512, dtype=dtype))
-                _cpu.matmul(results[-1], x, weight, transposed, 1.0, None, None, None, 4)
+                _cpu.matmul(results[-1], x, weight, transposed, 1.0, None, None, None, None, 4)
     return results
 expected = step()
 def descend(depth):

@@ -168,16 +168,12 @@ inline int thin_threads(const MatmulParams& p) {
 }
 
 // c [rows, stride]: rows m0 …, outputs o0 … of out
-inline void write_sums(const MatmulParams& p, int64_t m0, int64_t rows, int64_t o0, int64_t outputs, float* c,
-                       int64_t stride) {
+inline void write_sums(const MatmulParams& p, int64_t m0, int64_t rows, int64_t o0, int64_t outputs,
+                       const float* c, int64_t stride) {
+  Epilogue epilogue(p);
   alignas(64) float bias[128];
-  if (p.bias.data) read_row(p.bias, 0, o0, outputs, bias);
-  for (int64_t m = 0; m < rows; ++m, c += stride) {
-    for (int64_t o = 0; o < outputs; ++o) c[o] = c[o] * p.alpha;
-    if (p.bias.data)
-      for (int64_t o = 0; o < outputs; ++o) c[o] += bias[o];
-    write_row(p.out, m0 + m, o0, c, outputs);
-  }
+  epilogue.begin(o0, outputs, bias);
+  for (int64_t m = 0; m < rows; ++m, c += stride) epilogue.write(m0 + m, o0, outputs, c);
 }
 
 inline void run_few_outputs(const MatmulParams& p) {
@@ -373,16 +369,11 @@ class Pipeline {
 
   void run() {
     const int64_t x_bytes = x_tiles * steps * kTileBytes;
-    const int64_t bias_bytes =
-        p.bias.data ? (round_up(p.outputs, 64) + 64) * 4 : 0;  // write_out reads in 32s
     const int64_t own_bytes =
         2 * w_tiles * w_stride * 2 + (w_tiles * x_tiles + 4 + 4) * kTileBytes + width * kRow;
-    char* memory =
-        static_cast<char*>(scratch(static_cast<size_t>(x_bytes + bias_bytes + own_bytes * threads)));
+    char* memory = static_cast<char*>(scratch(static_cast<size_t>(x_bytes + own_bytes * threads)));
     x_packed = reinterpret_cast<Bf16*>(memory);
-    bias = p.bias.data ? reinterpret_cast<float*>(memory + x_bytes) : nullptr;
-    if (bias) read_row(p.bias, 0, 0, p.outputs, bias);
-    char* own = memory + x_bytes + bias_bytes;
+    char* own = memory + x_bytes;
 
     const uint32_t mode = FloatMode::current();
 #pragma omp parallel num_threads(threads) if (threads > 1)
@@ -409,6 +400,7 @@ class Pipeline {
 
  private:
   static constexpr int64_t kMaxRows = 256;
+  static constexpr int kMaxWidth = 256;
   static constexpr int64_t kPrefetchBytes = 512 << 10;
   static constexpr double kSerialCycles = 8192;
 
@@ -499,7 +491,7 @@ class Pipeline {
 
   class Worker {
    public:
-    Worker(Pipeline& pipeline, char* memory) : l(pipeline), p(pipeline.p) {
+    Worker(Pipeline& pipeline, char* memory) : l(pipeline), p(pipeline.p), epilogue(pipeline.p) {
       const int64_t w_bytes = l.w_tiles * l.w_stride * 2;
       w_packed[0] = reinterpret_cast<Bf16*>(memory);
       w_packed[1] = reinterpret_cast<Bf16*>(memory + w_bytes);
@@ -742,6 +734,7 @@ class Pipeline {
           rest.nx = nx;
           rest.w0 = w0;
           rest.x0 = x0;
+          if (last && x0 == 0 && w0 == 0) epilogue.begin(panel * l.width, outputs, bias);
           rest.o0 = panel * l.width;
           rest.outputs = outputs;
           rest.c = sums + (w0 * l.x_tiles + x0) * kSums;
@@ -859,28 +852,9 @@ class Pipeline {
       }
     }
 
-    // row [n, rounded up to 16]: n outputs from `from` on in the panel, of row m of the block.
-    void write_out(int64_t m, int64_t from, int64_t n, float* row) const {
-      if (m >= rows) return;
-      const int64_t o = rest.o0 + from;
-      const __m512 alpha = _mm512_set1_ps(p.alpha);
-      const bool direct = p.out.dtype == DType::bf16 && p.out.stride1 == 1 && n % 32 == 0;
-      Bf16* out = static_cast<Bf16*>(p.out.data) + (m0 + m) * p.out.stride0 + o;
-      for (int64_t i = 0; i < n; i += 32) {
-        __m512 y0 = _mm512_mul_ps(_mm512_load_ps(row + i), alpha);
-        __m512 y1 = _mm512_mul_ps(_mm512_load_ps(row + i + 16), alpha);
-        if (l.bias) {
-          y0 = _mm512_add_ps(y0, _mm512_load_ps(l.bias + o + i));
-          y1 = _mm512_add_ps(y1, _mm512_load_ps(l.bias + o + i + 16));
-        }
-        if (direct) {
-          _mm512_storeu_si512(out + i, bf16_pair(y1, y0));
-        } else {
-          _mm512_store_ps(row + i, y0);
-          _mm512_store_ps(row + i + 16, y1);
-          write_row(p.out, m0 + m, o + i, row + i, min_of<int64_t>(32, n - i));
-        }
-      }
+    // n outputs from `from` on in the panel, of row m of the block
+    void write_out(int64_t m, int64_t from, int64_t n, const float* row) const {
+      if (m < rows) epilogue.write(m0 + m, rest.o0 + from, n, row);
     }
 
     Pipeline& l;
@@ -888,14 +862,14 @@ class Pipeline {
     int64_t m0 = 0, rows = 0;
     Bf16* w_packed[2];
     float *sums, *part, *rows_out, *scales;
+    Epilogue epilogue;
+    alignas(64) float bias[kMaxWidth];  // of the panel that is being written out
     Job job;
     Rest rest;
     int64_t due = 0, all_steps = 1;
     uintptr_t x_ahead = 0;
     int64_t x_ahead_lines = 0;
   };
-
-  static constexpr int kMaxWidth = 256;
 
   const MatmulParams& p;
   int64_t w_steps, steps;  // of W alone, with the addend
@@ -906,7 +880,6 @@ class Pipeline {
   int64_t width, w_tiles, panels;
   int64_t claimed = 0;
   Bf16* x_packed = nullptr;
-  float* bias = nullptr;
 };
 
 // Tiles from L1, as the pipeline has them: 2 x 2 products of 4 loads, over 16 KB of noise.
@@ -950,6 +923,7 @@ void probe_bf16(const ProbeParams& p) { probe<AmxProducts>(p); }
 
 void matmul_bf16(const MatmulParams& p) {
   if (p.rows == 0 || p.outputs == 0) return;
+  if (epilogue_alone(p)) return run_epilogue(p);
   if (dot_applies(p, 3)) return run_dot_bf16(p);
   if (p.weight4.packed && p.inner > 0 && Bf16Panels::reorders(p)) {
     if (p.transposed) return Pipeline<true, false>(p).run();

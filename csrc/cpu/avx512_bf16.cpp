@@ -81,6 +81,7 @@ void probe_bf16(const ProbeParams& p) { probe<Bf16Products>(p); }
 
 void matmul_bf16(const MatmulParams& p) {
   if (p.rows == 0 || p.outputs == 0) return;
+  if (epilogue_alone(p)) return run_epilogue(p);
   if (dot_applies(p, 24)) return run_dot_bf16(p);
   Matmul<Bf16Kernel>(p).run();
 }

@@ -21,6 +21,17 @@ inline T max_of(T a, T b) {
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
+// `wide` columns in `count` groups of neighbours, the first wide % count of them one longer than the others.
+struct Groups {
+  int64_t size, longer;
+  Groups(int64_t wide, int64_t count) : size(wide / count), longer(wide % count) {}
+  int64_t begin(int64_t g) const { return g * size + min_of(g, longer); }
+  int64_t of(int64_t column) const {
+    const int64_t in_longer = longer * (size + 1);
+    return column < in_longer ? column / (size + 1) : longer + (column - in_longer) / size;
+  }
+};
+
 // absmax[i], nested or not: product, then sum, each rounded.
 inline float absmax_at(const Absmax& a, int64_t i) {
   if (a.values) return a.values[i];
@@ -113,6 +124,18 @@ inline void read_row(const Matrix& a, int64_t i, int64_t j0, int64_t n, D* dst) 
       return convert_row(static_cast<const F16*>(a.data) + at, a.stride1, n, dst);
   }
 }
+
+// Two neighbouring vectors, which AVX512_BF16 rounds at once.
+template <class T>
+inline void store_2(T* p, Vec a, Vec b) {
+  store(p, a);
+  store(p + Vec::kWidth, b);
+}
+#if defined(__AVX512BF16__)
+inline void store_2(Bf16* p, Vec a, Vec b) {
+  _mm512_storeu_si512(p, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(b.v, a.v)));
+}
+#endif
 
 template <class T>
 inline void write_row(T* dst, int64_t stride, const float* src, int64_t n) {

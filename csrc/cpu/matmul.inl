@@ -1,4 +1,4 @@
-// out[m, o] = alpha * (sum_c x[m, c] w(o, c) + sum_r t[m, r] u[o, r]) + bias[o]          (MatmulParams)
+// out[m, o] = alpha * (sum_c x[m, c] w(o, c) + sum_r t[m, r] u[o, r]) + bias[o] + spread(m, o)   (MatmulParams)
 //
 // One blocked algorithm for every ISA, dtype and direction. A kernel type K multiplies
 //     C[i, j] += sum_p A[i, p] B[p, j]        A: rows, each with its contraction contiguous
@@ -20,6 +20,7 @@
 #include <cstddef>
 
 #include "cpu/decode.inl"
+#include "cpu/epilogue.inl"
 #include "cpu/scratch.h"
 
 namespace peftkern::PEFTKERN_ISA {
@@ -227,18 +228,16 @@ class Matmul {
         empty = false;
       }
     }
-    if (empty) std::memset(w.c, 0, static_cast<size_t>(outputs * block_pad) * sizeof(float));
 
+    Epilogue epilogue(p);
     alignas(64) float bias[K::kPanelRows];
     alignas(64) float out[Vec::kWidth][K::kPanelRows];
-    if (p.bias.data) read_row(p.bias, 0, o0, outputs, bias);
+    epilogue.begin(o0, outputs, bias);
     for (int64_t m = 0; m < end - begin; m += Vec::kWidth) {
       for (int64_t o = 0; o < outputs; o += Vec::kWidth)
         transpose(w.c + o * block_pad + m, block_pad, &out[0][o], K::kPanelRows);
-      for (int64_t r = 0; r < min_of<int64_t>(Vec::kWidth, end - begin - m); ++r) {
-        finish(out[r], bias, outputs);
-        write_row(p.out, m0 + begin + m + r, o0, out[r], outputs);
-      }
+      for (int64_t r = 0; r < min_of<int64_t>(Vec::kWidth, end - begin - m); ++r)
+        epilogue.write(m0 + begin + m + r, o0, outputs, out[r]);
     }
   }
 
@@ -280,29 +279,19 @@ class Matmul {
         empty = false;
       }
     }
-    if (empty)
-      std::memset(w.c + begin * kColumns, 0, static_cast<size_t>((end - begin) * kColumns) * sizeof(float));
 
+    Epilogue epilogue(p);
     alignas(64) float bias[kColumns];
     alignas(64) float out[kColumns];
-    if (p.bias.data) read_row(p.bias, 0, o0, outputs, bias);
+    epilogue.begin(o0, outputs, bias);
     for (int64_t m = begin; m < end; ++m) {
       const float* c = w.c + m * kColumns;
       if (segments[0].reordered) {
         for (int64_t o = 0; o < outputs; o += K::kGroup) K::restore(c + o, out + o);
-      } else {
-        std::memcpy(out, c, static_cast<size_t>(outputs) * sizeof(float));
+        c = out;
       }
-      finish(out, bias, outputs);
-      write_row(p.out, m0 + m, o0, out, outputs);
+      epilogue.write(m0 + m, o0, outputs, c);
     }
-  }
-
-  void finish(float* row, const float* bias, int64_t n) const {
-    if (p.alpha != 1.0f)
-      for (int64_t i = 0; i < n; ++i) row[i] *= p.alpha;
-    if (p.bias.data)
-      for (int64_t i = 0; i < n; ++i) row[i] += bias[i];
   }
 
   const MatmulParams& p;

@@ -348,6 +348,7 @@ struct DotTask {
   int64_t o0, rows;
   __m512* sums;  // [rows][M]
   Bf16* row;     // room for a row of dense W or u
+  const Epilogue* epilogue;
 };
 
 // The task for rows m0 … m0 + M of x, at most kDotGroup; x and t are those rows', packed.
@@ -385,16 +386,10 @@ inline void dot_group(const MatmulParams& p, const DotTask& task, int64_t m0, co
     read_row(p.u, o0 + r, 0, p.rank, task.row);
     add_dot<M>(task.row, t, p.rank, p.rank, sums + r * M);
   }
-  alignas(64) float bias[kDotTask] = {};
-  if (p.bias.data) read_row(p.bias, 0, o0, rows, bias);
   for (int m = 0; m < M; ++m) {
     alignas(64) float y[kDotTask];
-    for (int64_t r = 0; r < rows; r += 16) {
-      const __m512 sum = reduce_16(sums + r * M + m, M, rows - r);
-      const __m512 scaled = _mm512_mul_ps(sum, _mm512_set1_ps(p.alpha));
-      _mm512_store_ps(y + r, _mm512_add_ps(scaled, _mm512_load_ps(bias + r)));
-    }
-    write_row(p.out, m0 + m, o0, y, rows);
+    for (int64_t r = 0; r < rows; r += 16) _mm512_store_ps(y + r, reduce_16(sums + r * M + m, M, rows - r));
+    task.epilogue->write(m0 + m, o0, rows, y);
   }
 }
 
@@ -448,8 +443,15 @@ inline void run_dot_bf16(const MatmulParams& p) {
     char* mine = buffers.memory + buffers.total() * thread;
     DotRow w[kDotTask];
     const int64_t o0 = index * kDotTask;
-    const DotTask task = {w, o0, min_of(kDotTask, p.outputs - o0), reinterpret_cast<__m512*>(mine),
-                          reinterpret_cast<Bf16*>(mine + buffers.sums + buffers.absmax)};
+    Epilogue epilogue(p);
+    alignas(64) float bias[kDotTask];
+    const DotTask task = {w,
+                          o0,
+                          min_of(kDotTask, p.outputs - o0),
+                          reinterpret_cast<__m512*>(mine),
+                          reinterpret_cast<Bf16*>(mine + buffers.sums + buffers.absmax),
+                          &epilogue};
+    epilogue.begin(o0, task.rows, bias);
     if (four_bit) {
       prefetch_absmax(p.weight4, (o0 + kDotTask) * p.inner, kDotTask * p.inner);
       dot_weights(p, o0, task.rows, reinterpret_cast<float*>(mine + buffers.sums), w);

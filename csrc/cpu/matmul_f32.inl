@@ -83,7 +83,9 @@ inline void dot_f32(const MatmulParams& p, const float* x, const float* t, int t
   parallel_tasks(threads, ceil_div(p.outputs, kTask), [&](int thread, int64_t task) {
     // The row of W as floats (dense), or its absmax (nested).
     float* buffer = const_cast<float*>(t) + M * p.rank + thread * max_of(blocks, p.inner + p.rank);
-    for (int64_t o = task * kTask; o < min_of(p.outputs, (task + 1) * kTask); ++o) {
+    const int64_t o0 = task * kTask, outputs = min_of(kTask, p.outputs - o0);
+    float y[M][kTask];
+    for (int64_t o = o0; o < o0 + outputs; ++o) {
       Vec sum[M];
       for (int m = 0; m < M; ++m) sum[m] = zero();
       float tail[M] = {};
@@ -110,18 +112,18 @@ inline void dot_f32(const MatmulParams& p, const float* x, const float* t, int t
         read_row(p.u, o, 0, p.rank, buffer);
         add_dot<M>(buffer, t, p.rank, sum, tail);
       }
-      float bias = 0.0f;
-      if (p.bias.data) read_row(p.bias, 0, o, 1, &bias);
-      for (int m = 0; m < M; ++m) {
-        const float y = (reduce_add(sum[m]) + tail[m]) * p.alpha + bias;
-        write_row(p.out, m, o, &y, 1);
-      }
+      for (int m = 0; m < M; ++m) y[m][o - o0] = reduce_add(sum[m]) + tail[m];
     }
+    Epilogue epilogue(p);
+    float bias[kTask];
+    epilogue.begin(o0, outputs, bias);
+    for (int m = 0; m < M; ++m) epilogue.write(m, o0, outputs, y[m]);
   });
 }
 
 inline void matmul_f32_any(const MatmulParams& p) {
   if (p.rows == 0 || p.outputs == 0) return;
+  if (epilogue_alone(p)) return run_epilogue(p);
   if (p.transposed || p.rows > 4 || (p.weight4.packed && p.inner % 32)) return Matmul<F32Kernel>(p).run();
   const double work =
       static_cast<double>(p.rows) * static_cast<double>(p.outputs) * static_cast<double>(p.inner);

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, get_num_threads
 
-from peftkern.backends import Backend, Call, Weight4
+from peftkern.backends import Backend, Call, Spread, Weight4
 
 _cpu: Any = None
 _missing: str | None = None
@@ -49,8 +49,9 @@ def matmul(
     t: Tensor | None = None,
     u: Tensor | None = None,
     bias: Tensor | None = None,
+    spread: Spread | None = None,
 ) -> None:
-    _cpu.matmul(out, x, weight, transposed, alpha, t, u, bias, get_num_threads())
+    _cpu.matmul(out, x, weight, transposed, alpha, t, u, bias, spread, get_num_threads())
 
 
 def matmul_dense(
@@ -61,16 +62,19 @@ def matmul_dense(
     t: Tensor | None = None,
     u: Tensor | None = None,
     bias: Tensor | None = None,
+    spread: Spread | None = None,
 ) -> None:
     w = weight if transposed else weight.t()
-    if t is None or u is None:
+    if spread is None and (t is None or u is None):
         if bias is None:
             torch.mm(x, w, out=out)
         else:
             torch.addmm(bias.to(x.dtype), x, w, out=out)
         return
-    # the addend first, in one thin pass; the GEMM then adds to it in its own epilogue
-    _cpu.matmul(out, t, u, False, 1.0, None, None, bias, get_num_threads())
+    # the addends first, in one thin pass; the GEMM then adds to them in its own epilogue
+    if t is None or u is None:
+        t, u = x[:, :0], w.t()[:, :0]
+    _cpu.matmul(out, t, u, False, 1.0, None, None, bias, spread, get_num_threads())
     out.addmm_(x, w)
 
 

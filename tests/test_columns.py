@@ -1,0 +1,152 @@
+"""The primitives that pair wide columns with narrow ones, matmul's spread and compress, called directly.
+
+The pairs come from loops over the columns that follow the two definitions of csrc/params.h word by word.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from bounds import UNIT
+from guarded import guarded
+from torch import Tensor
+
+_cpu = pytest.importorskip("peftkern._cpu", reason="peftkern._cpu is not built", exc_type=ImportError)
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+U32 = UNIT[torch.float32]
+# wide, narrow, grouped, length: with more narrow columns than wide ones, several cycles, one cut short;
+# groups of two sizes and of none
+WALKS = [
+    (96, 32, False, 96),
+    (96, 40, False, 120),
+    (96, 40, False, 96),
+    (300, 64, False, 300),
+    (257, 100, False, 300),
+    (100, 257, False, 257),
+    (31, 7, False, 31),
+    (3, 17, False, 17),
+    (64, 16, False, 5),
+    (64, 16, False, 0),
+    (64, 1, False, 64),
+    (1, 5, False, 23),
+    (5, 3, False, 64),
+    (2100, 700, False, 2100),
+    (96, 32, True, 0),
+    (100, 32, True, 0),
+    (257, 16, True, 0),
+    (50, 1, True, 0),
+    (5, 9, True, 0),
+    (1, 1, True, 0),
+    (1030, 202, True, 0),
+]
+_IDS = [f"{w}-{n}-{'grouped' if g else length}" for w, n, g, length in WALKS]
+
+
+def pairs(wide: int, narrow: int, grouped: bool, length: int) -> tuple[list[int], list[int]]:
+    """The wide and the narrow column of each pair, in the order in which they are added."""
+    if not grouped:
+        return [p % wide for p in range(length)], [p % narrow for p in range(length)]
+    groups: list[int] = []
+    for g in range(narrow):
+        groups += [g] * (wide // narrow + (g < wide % narrow))
+    return list(range(wide)), groups
+
+
+def summed(x: Tensor, columns: int, sources: list[int], targets: list[int]) -> tuple[Tensor, Tensor]:
+    """out[:, targets[i]] += x[:, sources[i]] in fp64, and how far the same sums in fp32 may be from that.
+
+    n terms in any order cost at most n roundings of Σ|x|.
+    """
+    source, target = torch.tensor(sources, dtype=torch.int64), torch.tensor(targets, dtype=torch.int64)
+    taken = x.double()[:, source]
+    out, size = (torch.zeros(len(x), columns, dtype=torch.float64) for _ in range(2))
+    terms = torch.bincount(target, minlength=columns)
+    return out.index_add_(1, target, taken), terms * U32 * size.index_add_(1, target, taken.abs())
+
+
+def layouts(rows: int, columns: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    return {
+        "contiguous": torch.full((rows, columns), torch.nan, dtype=dtype),
+        "rows apart": torch.full((rows, columns + 5), torch.nan, dtype=dtype)[:, 3 : 3 + columns],
+        "columns apart": torch.full((columns, rows), torch.nan, dtype=dtype).t(),
+    }
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("outputs", "columns", "grouped", "length"), WALKS, ids=_IDS)
+def test_spread_alone(
+    outputs: int, columns: int, grouped: bool, length: int, dtype: torch.dtype, isa: str
+) -> None:
+    """Without a contraction the matmul is bias and spread, whatever the layout of out."""
+    wide, narrow = pairs(outputs, columns, grouped, length)
+    for rows in (1, 5, 33):
+        values = torch.randn(rows, columns + 3)[:, :columns]
+        bias = torch.randn(outputs).to(dtype)
+        added, error = summed(values, outputs, narrow, wide)
+        for b in (None, bias):
+            expected = added if b is None else added + b.double()
+            for layout, out in layouts(rows, outputs, dtype).items():
+                x, w = torch.empty(rows, 0, dtype=dtype), torch.empty(outputs, 0)
+                _cpu.matmul(out, x, w, False, 1.0, None, None, b, (values, grouped, length), 2)
+                # bias + spread and out's own rounding
+                bound = error + (U32 + UNIT[dtype]) * (expected.abs() + error) + 2.0**-25
+                assert ((out.double() - expected).abs() <= bound).all(), (rows, layout)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("transposed", [False, True], ids=["plain", "transposed"])
+@pytest.mark.parametrize(("outputs", "columns", "grouped", "length"), WALKS, ids=_IDS)
+def test_spread_is_one_more_addend(
+    outputs: int, columns: int, grouped: bool, length: int, transposed: bool, dtype: torch.dtype, isa: str
+) -> None:
+    """Every kernel, few rows and many, 4-bit and dense.
+
+    The weight's codes are 1 and -1 (NF4's last and first), the rest small integers and quarters, so that
+    every sum is exact in fp32 and only the result is rounded.
+    """
+    inner, rank = 64, 4
+    wide, narrow = pairs(outputs, columns, grouped, length)
+    shape = (inner, outputs) if transposed else (outputs, inner)
+    packed = torch.randint(0, 2, ((shape[0] * shape[1] + 1) // 2, 2)) * 15
+    signs = torch.where(packed > 0, 1.0, -1.0).flatten()[: shape[0] * shape[1]].view(shape)
+    absmax = torch.ones(-(-signs.numel() // 64))
+    weight4 = ((packed[:, 0] * 16 + packed[:, 1]).byte(), absmax, None, "nf4", 64, *shape)
+    for rows in (1, 3, 40):
+        x = (torch.rand(rows, inner) < 0.1).to(dtype)
+        t, u = torch.randint(-1, 2, (rows, rank)).to(dtype), torch.randint(-1, 2, (outputs, rank)).to(dtype)
+        values = torch.randint(-3, 4, (rows, columns)) / 4
+        bias = torch.randint(-3, 4, (outputs,)) / 4
+        added, _ = summed(values, outputs, narrow, wide)
+        w = signs.double() if transposed else signs.double().t()
+        expected = 0.5 * (x.double() @ w + t.double() @ u.double().t()) + bias.double() + added
+        for weight in (weight4, signs, signs.to(dtype)):
+            out = torch.full((rows, outputs), torch.nan, dtype=dtype)
+            _cpu.matmul(out, x, weight, transposed, 0.5, t, u, bias, (values, grouped, length), 2)
+            assert torch.equal(out, expected.to(dtype)), rows
+
+
+@pytest.mark.parametrize("at", ["start", "end"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_spread_touches_nothing_else(dtype: torch.dtype, at: str, isa: str) -> None:
+    """A forbidden page behind, or before, out and values: runs end inside a vector."""
+    for outputs, columns, grouped, length in WALKS:
+        for rows in (1, 3):
+            values = guarded(torch.randn(rows, columns), at)
+            out = guarded(torch.full((rows, outputs), torch.nan, dtype=dtype), at)
+            x, w = torch.empty(rows, 0, dtype=dtype), torch.empty(outputs, 0)
+            bias = guarded(torch.randn(outputs).to(dtype), at)
+            _cpu.matmul(out, x, w, False, 1.0, None, None, bias, (values, grouped, length), 1)
+            assert out.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_spread_has_the_same_bits_on_any_thread_count(dtype: torch.dtype, isa: str) -> None:
+    values, bias = torch.randn(300, 202), torch.randn(1000)
+    for rows, inner in ((1, 0), (300, 0), (1, 64), (300, 64)):
+        x, w = torch.randn(rows, inner).to(dtype), torch.randn(1000, inner).to(dtype)
+        for grouped in (False, True):
+            outs = [torch.full((rows, 1000), torch.nan, dtype=dtype) for _ in range(4)]
+            for threads, out in enumerate(outs, 1):
+                _cpu.matmul(out, x, w, False, 1.0, None, None, bias, (values[:rows], grouped, 1000), threads)
+            assert all(torch.equal(out, outs[0]) for out in outs)
