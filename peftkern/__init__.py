@@ -4,7 +4,9 @@ from peftkern import nn, reference
 from peftkern.dispatch import explain, use_backend
 from peftkern.formats import DoubleQuant, QuantizedWeight
 from peftkern.ops.linear import linear_4bit
-from peftkern.ops.lora import lora_delta, lora_linear, merge
+from peftkern.ops.lora import lora_delta, lora_linear
+from peftkern.ops.merge import merge, merge_error
+from peftkern.ops.mora import mora, mora_delta, mora_linear, mora_rank
 from peftkern.ops.quantize import dequantize_4bit, quantize_4bit
 
 __version__ = "0.1.0"
@@ -19,6 +21,11 @@ __all__ = [
     "lora_delta",
     "lora_linear",
     "merge",
+    "merge_error",
+    "mora",
+    "mora_delta",
+    "mora_linear",
+    "mora_rank",
     "nn",
     "quantize_4bit",
     "reference",

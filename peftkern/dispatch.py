@@ -126,7 +126,8 @@ class Explanation:
 
     @property
     def backend(self) -> str | None:
-        """The backend that would run the whole op; None if some primitive of it has none or they differ."""
+        """The backend that would run the whole op; None if some primitive of it has none, if they differ, or
+        if torch's own operators are all that it needs."""
         names = {choice.backend for choice in self.choices}
         return names.pop() if len(names) == 1 else None
 
@@ -136,6 +137,8 @@ class Explanation:
             where = "nobody can" if choice.backend is None else choice.backend
             lines.append(f"  {choice.call}: {where}" + (f" ({choice.detail})" if choice.detail else ""))
             lines += [f"    not {name}: {reason}" for name, reason in choice.others.items()]
+        if not self.choices:
+            lines.append("  torch's own operators: no backend has a part in it")
         return "\n".join(lines)
 
     __repr__ = __str__

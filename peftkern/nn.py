@@ -13,7 +13,8 @@ from torch.utils import _pytree as pytree
 
 from peftkern.formats import QuantizedWeight
 from peftkern.ops.linear import DTYPES, check_tensor, linear_4bit
-from peftkern.ops.lora import check_dropout, check_scaling, lora_delta, lora_linear, merge
+from peftkern.ops.lora import check_dropout, check_scaling, lora_delta, lora_linear
+from peftkern.ops.merge import merge
 
 
 class LoRALinear(nn.Module):

@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 from torch.library import Library
 
 from peftkern import dispatch
-from peftkern.backends import Call, Primitive, Weight4
+from peftkern.backends import Call, Primitive, Spread, Weight4
 from peftkern.dispatch import find
 from peftkern.formats import QuantizedWeight
 
@@ -161,25 +161,46 @@ def base_matmul(
     t: Tensor | None = None,
     u: Tensor | None = None,
     bias: Tensor | None = None,
+    spread: Spread | None = None,
 ) -> Tensor:
-    """x Wᵀ + t uᵀ + bias, or x W + t uᵀ when transposed: one pass over W, dense or 4-bit. [M, outputs]"""
-    if isinstance(weight, tuple):
-        if row is None:
+    """x Wᵀ, or x W when transposed, + t uᵀ + bias + spread: one pass over W, dense or 4-bit. [M, outputs]"""
+    if row is None:
+        values, grouped, length = (None, False, 0) if spread is None else spread
+        if isinstance(weight, tuple):
             packed, absmax, nested, quant_type, blocksize, rows, columns = weight
             absmax2, code, offset, blocksize2 = (None, None, None, 0) if nested is None else nested
             out: Tensor = _OPS.matmul_4bit(
                 x, packed, absmax, absmax2, code, offset, quant_type, blocksize, blocksize2, rows, columns,
-                transposed, t, u, bias,
+                transposed, t, u, bias, values, grouped, length,
             )  # fmt: skip
             return out
+        return _OPS.matmul_dense(  # type: ignore[no-any-return]
+            x, weight, transposed, t, u, bias, values, grouped, length
+        )
+    if isinstance(weight, tuple):
         out = x.new_empty(x.shape[0], weight[6] if transposed else weight[5])
-        row(out, x, weight, transposed, 1.0, t, u, bias)
-        return out
-    if row is None:
-        return _OPS.matmul_dense(x, weight, transposed, t, u, bias)  # type: ignore[no-any-return]
-    out = x.new_empty(x.shape[0], weight.shape[1] if transposed else weight.shape[0])
-    find("matmul_dense", x.device, x.dtype)(out, x, weight, transposed, t, u, bias)
+    else:
+        out = x.new_empty(x.shape[0], weight.shape[1] if transposed else weight.shape[0])
+    base_matmul_into(row, out, x, weight, transposed, t, u, bias, spread)
     return out
+
+
+def base_matmul_into(
+    row: Primitive,
+    out: Tensor,
+    x: Tensor,
+    weight: Weight4 | Tensor,
+    transposed: bool,
+    t: Tensor | None,
+    u: Tensor | None,
+    bias: Tensor | None,
+    spread: Spread | None,
+) -> None:
+    """base_matmul of some rows, into memory that is there."""
+    if isinstance(weight, tuple):
+        row(out, x, weight, transposed, 1.0, t, u, bias, spread)
+    else:
+        find("matmul_dense", x.device, x.dtype)(out, x, weight, transposed, t, u, bias, spread)
 
 
 def thin_matmul(
@@ -244,10 +265,14 @@ def _matmul_4bit(
     t: Tensor | None,
     u: Tensor | None,
     bias: Tensor | None,
+    values: Tensor | None = None,
+    grouped: bool = False,
+    length: int = 0,
 ) -> Tensor:
     spec = (quant_type, blocksize, blocksize2, rows, columns)
     weight = weight4(packed, absmax, absmax2, code, offset, spec)
-    return base_matmul(matmul_row(False, x), x, weight, transposed, t, u, bias)
+    spread = None if values is None else (values, grouped, length)
+    return base_matmul(matmul_row(False, x), x, weight, transposed, t, u, bias, spread)
 
 
 def _matmul_4bit_fake(x: Tensor, *args: Any) -> Tensor:
@@ -256,9 +281,18 @@ def _matmul_4bit_fake(x: Tensor, *args: Any) -> Tensor:
 
 
 def _matmul_dense(
-    x: Tensor, weight: Tensor, transposed: bool, t: Tensor | None, u: Tensor | None, bias: Tensor | None
+    x: Tensor,
+    weight: Tensor,
+    transposed: bool,
+    t: Tensor | None,
+    u: Tensor | None,
+    bias: Tensor | None,
+    values: Tensor | None = None,
+    grouped: bool = False,
+    length: int = 0,
 ) -> Tensor:
-    return base_matmul(matmul_row(False, x), x, weight, transposed, t, u, bias)
+    spread = None if values is None else (values, grouped, length)
+    return base_matmul(matmul_row(False, x), x, weight, transposed, t, u, bias, spread)
 
 
 def _matmul_dense_fake(x: Tensor, weight: Tensor, transposed: bool, *args: Any) -> Tensor:
@@ -328,12 +362,13 @@ def register(schema: str, implementation: Any, fake: Any) -> None:
 register(
     "matmul_4bit(Tensor x, Tensor packed, Tensor absmax, Tensor? absmax2, Tensor? code, Tensor? offset, "
     "str quant_type, int blocksize, int blocksize2, int rows, int columns, bool transposed, "
-    "Tensor? t, Tensor? u, Tensor? bias) -> Tensor",
+    "Tensor? t, Tensor? u, Tensor? bias, Tensor? values=None, bool grouped=False, SymInt length=0) -> Tensor",
     _matmul_4bit,
     _matmul_4bit_fake,
 )
 register(
-    "matmul_dense(Tensor x, Tensor weight, bool transposed, Tensor? t, Tensor? u, Tensor? bias) -> Tensor",
+    "matmul_dense(Tensor x, Tensor weight, bool transposed, Tensor? t, Tensor? u, Tensor? bias, "
+    "Tensor? values=None, bool grouped=False, SymInt length=0) -> Tensor",
     _matmul_dense,
     _matmul_dense_fake,
 )

@@ -1,9 +1,9 @@
-"""lora_linear: the frozen product with its low-rank adapter as addend; lora_delta and merge."""
+"""lora_linear: the frozen product with its low-rank adapter as addend; lora_delta."""
 
 from __future__ import annotations
 
 import numbers
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +33,6 @@ from peftkern.ops.linear import (
 from peftkern.ops.linear import (
     dropout as apply_dropout,
 )
-from peftkern.ops.quantize import dequantize_4bit, quantize_4bit
 from peftkern.reference import draw_seed
 
 _REAL: tuple[type, ...] = (float, int, numbers.Real)
@@ -333,40 +332,28 @@ def _calls(
 dispatch.CALLS["lora_linear"] = _calls
 
 
-def lora_delta(lora_A: Tensor, lora_B: Tensor, scaling: float = 1.0) -> Tensor:
-    """ΔW = s · B A: what the adapter adds to W.
-
-    lora_A [R, K], lora_B [N, R], fp32, bf16 or fp16. Returns [N, K] in the two dtypes' common one, summed in
-    fp32 and rounded once; differentiable to any order. Raises TypeError or ValueError naming the argument.
-    """
+def _check_delta(lora_A: Tensor, lora_B: Tensor, scaling: float) -> None:
     if not isinstance(lora_A, Tensor) or lora_A.dim() != 2:
         refuse("lora_A", lora_A, "shape [R, K]", None, None)
     if not isinstance(lora_B, Tensor) or lora_B.dim() != 2:
         refuse("lora_B", lora_B, "shape [N, R]", None, None)
     check_adapter(lora_A, lora_B, lora_A.shape[1], lora_B.shape[0], lora_A.device)
     check_scaling(scaling)
+
+
+def lora_delta(lora_A: Tensor, lora_B: Tensor, scaling: float = 1.0) -> Tensor:
+    """ΔW = s · B A: what the adapter adds to W.
+
+    lora_A [R, K], lora_B [N, R], fp32, bf16 or fp16. Returns [N, K] in the two dtypes' common one, summed in
+    fp32 and rounded once; differentiable to any order. Raises TypeError or ValueError naming the argument.
+    """
+    _check_delta(lora_A, lora_B, scaling)
     return reference.lora_delta(lora_A, lora_B, scaling)
 
 
-@overload
-def merge(weight: Tensor, delta: Tensor) -> Tensor: ...
-@overload
-def merge(weight: QuantizedWeight, delta: Tensor) -> QuantizedWeight: ...
-def merge(weight: QuantizedWeight | Tensor, delta: Tensor) -> QuantizedWeight | Tensor:
-    """W + ΔW, summed in fp32, as the same kind of weight; `weight` itself stays as it is.
+def _delta_calls(lora_A: Tensor, lora_B: Tensor, scaling: float = 1.0) -> tuple[Call, ...]:
+    _check_delta(lora_A, lora_B, scaling)
+    return ()
 
-    A dense weight [N, K] gives a dense one of its dtype, differentiable. A QuantizedWeight is re-quantized
-    with its own settings (quant_type, blocksize, double quantization, dtype): the merged weight carries a
-    fresh quantization error, as QLoRA's merge does. delta [N, K], fp32, bf16 or fp16. Raises TypeError or
-    ValueError naming the argument.
-    """
-    if isinstance(weight, QuantizedWeight):
-        check_tensor("delta", delta, weight.shape, weight.packed.device)
-        merged = dequantize_4bit(weight, torch.float32) + delta.detach()
-        merged = merged.to(weight.dtype)
-        return quantize_4bit(merged, weight.quant_type, weight.blocksize, weight.nested is not None)
-    if not isinstance(weight, Tensor) or weight.dim() != 2:
-        refuse("weight", weight, "a QuantizedWeight or shape [N, K]", None, None)
-    check_tensor("weight", weight, tuple(weight.shape), weight.device)
-    check_tensor("delta", delta, tuple(weight.shape), weight.device)
-    return reference.merge(weight, delta)
+
+dispatch.CALLS["lora_delta"] = _delta_calls

@@ -1,0 +1,746 @@
+"""mora_linear: the frozen product with a square adapter between a compression and a spreading; mora alone;
+mora_rank and mora_delta.
+
+Every type is y = spread(blocks(compress(x)) Mᵀ): the I columns of x are compressed to P = n r̂ in the middle,
+n blocks of r̂ are each multiplied by Mᵀ, and the P results are spread over the O columns of y. The adjoint
+swaps the ends with the same two primitives: dx = spread(blocks(compress(dy)) M).
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from peftkern import dispatch, reference
+from peftkern.backends import Call, Primitive, Spread, Weight4
+from peftkern.dispatch import find
+from peftkern.formats import QuantizedWeight
+from peftkern.ops.linear import (
+    PLAIN,
+    WeightSpec,
+    as_rows,
+    autocast_dtype,
+    base_matmul,
+    base_matmul_into,
+    check_tensor,
+    check_x,
+    flatten_weight,
+    is_autocast,
+    is_direct,
+    like_rows,
+    matmul_row,
+    no_double_backward,
+    refuse,
+    register,
+    sum_rows,
+    thin_matmul,
+    weight4,
+)
+from peftkern.ops.lora import check_scaling
+from peftkern.reference import mora_kind
+
+_OPS: Any = torch.ops.peftkern
+_INTEGER: tuple[type, ...] = (int, torch.SymInt)
+
+# Every product with a base decodes or streams W anew: row blocks large enough to hide that.
+_ROWS_WITH_BASE = 384
+# Without one, the scratch of a row block stays in the L2 cache.
+_SCRATCH = 1 << 20
+
+
+class _Plan(NamedTuple):
+    """How a type goes from I columns to the n blocks of r̂ in the middle, and from those to O columns."""
+
+    blocks: int  # n
+    rotated: bool
+    inner: tuple[bool, int]  # grouped, length: between x and the middle
+    outer: tuple[bool, int]  # between the middle and y
+
+
+def _plan(kind: int | str, size: int, inputs: int, outputs: int) -> _Plan:
+    if kind == "truncation":
+        return _Plan(1, False, (False, min(inputs, size)), (False, min(outputs, size)))
+    blocks = -(-inputs // size)
+    strided, tiled, grouped = (False, blocks * size), (False, outputs), (True, 0)
+    if kind in (6, "decoupling"):
+        # a single block is turned by an angle of 0: it is type 1
+        return _Plan(max(1, blocks), kind == 6 and blocks > 1, strided, tiled)
+    return _Plan(1, False, strided if kind in (1, 4) else grouped, tiled if kind in (1, 3) else grouped)
+
+
+@lru_cache(maxsize=64)
+def _rotation(size: int, blocks: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return reference.rotation_table(size, blocks, device)
+
+
+def _compress(traced: bool, x: Tensor, columns: int, ends: tuple[bool, int]) -> Tensor:
+    """[M, I] → [M, columns] in x's dtype."""
+    grouped, length = ends
+    if traced:
+        return _OPS.compress(x, columns, grouped, length)  # type: ignore[no-any-return]
+    out = x.new_empty(x.shape[0], columns)
+    find("compress", x.device, x.dtype)(out, x, grouped, length, None, False)
+    return out
+
+
+def _spread(row: Primitive | None, spread: Spread, outputs: int, dtype: torch.dtype) -> Tensor:
+    """[M, P] → [M, outputs] of dtype: the epilogue of a product of nothing."""
+    values, grouped, length = spread
+    if row is None:
+        return _OPS.spread(values, outputs, grouped, length, dtype)  # type: ignore[no-any-return]
+    rows = values.shape[0]
+    out = values.new_empty(rows, outputs, dtype=dtype)
+    empty = out.new_empty(rows, 0)
+    row(out, empty, out.new_empty(outputs, 0), False, 1.0, None, None, None, spread)
+    return out
+
+
+def _expand(
+    row: Primitive | None,
+    x: Tensor,
+    weight: Weight4 | Tensor | None,
+    transposed: bool,
+    outputs: int,
+    bias: Tensor | None,
+    spread: Spread,
+) -> Tensor:
+    """The base product, if there is one, with the spread in its epilogue."""
+    if weight is None:
+        return _spread(row, spread, outputs, x.dtype)
+    return base_matmul(row, x, weight, transposed, None, None, bias, spread)
+
+
+# ---- several blocks (type 6, decoupling): the middle is as wide as x, so it is made for some rows at a time
+
+
+def _block_rows(x: Tensor, width: int, based: bool) -> int:
+    """Rows of a row block; x's shape and dtype alone decide, so that the sums over blocks have the same bits
+    for any number of threads."""
+    most = _ROWS_WITH_BASE if based else max(1, _SCRATCH // (width * (x.element_size() + 4)))
+    rows = max(1, x.shape[0])
+    return -(-rows // -(-rows // most))
+
+
+def _finish(
+    row: Primitive,
+    out: Tensor,
+    x: Tensor,
+    weight: Weight4 | Tensor | None,
+    transposed: bool,
+    bias: Tensor | None,
+    spread: Spread,
+    nothing: tuple[Tensor, Tensor],
+) -> None:
+    if weight is None:
+        row(out, nothing[0][: x.shape[0]], nothing[1], False, 1.0, None, None, bias, spread)
+    else:
+        base_matmul_into(row, out, x, weight, transposed, None, None, bias, spread)
+
+
+def _blocks(
+    x: Tensor,
+    matrix: Tensor,
+    bias: Tensor | None,
+    weight: Weight4 | Tensor | None,
+    outputs: int,
+    rotated: bool,
+    scaling: float,
+) -> Tensor:
+    """x Wᵀ + bias + scaling · mora(x), [M, outputs]."""
+    size, out = matrix.shape[0], x.new_empty(x.shape[0], outputs)
+    plan = _plan(6 if rotated else "decoupling", size, x.shape[1], outputs)
+    width = plan.blocks * size
+    row, compress = find("matmul", x.device, x.dtype), find("compress", x.device, x.dtype)
+    table = _rotation(size, plan.blocks, x.device) if rotated else None
+    step = _block_rows(x, width, weight is not None)
+    middle, values = x.new_empty(step, width), x.new_empty(step, width, dtype=torch.float32)
+    nothing = x.new_empty(step, 0), x.new_empty(outputs, 0)
+    for start in range(0, x.shape[0], step):
+        X, Y = x[start : start + step], out[start : start + step]
+        a, v = middle[: X.shape[0]], values[: X.shape[0]]
+        compress(a, X, *plan.inner, table, False)
+        row(v.view(-1, size), a.view(-1, size), matrix, False, scaling, None, None, None)
+        _finish(row, Y, X, weight, False, bias, (v, *plan.outer), nothing)
+    return out
+
+
+def _blocks_backward(
+    dY: Tensor,
+    x: Tensor | None,
+    matrix: Tensor,
+    weight: Weight4 | Tensor | None,
+    inputs: int,
+    rotated: bool,
+    scaling: float,
+    needs_x: bool,
+) -> tuple[Tensor, Tensor]:
+    """dx = dY W + scaling · (mora's adjoint)(dY), and, given x, dM = scaling · Σ gᵀ a in fp32, over rows and
+    blocks; what is not asked for is empty."""
+    size = matrix.shape[0]
+    dx, dM = _blocks_backward_fake(dY, x, matrix, inputs, needs_x)
+    if not dY.shape[0]:
+        return dx, dM.zero_()
+    plan = _plan(6 if rotated else "decoupling", size, inputs, dY.shape[1])
+    width = plan.blocks * size
+    row, compress = find("matmul", dY.device, dY.dtype), find("compress", dY.device, dY.dtype)
+    unrotate = find("compress", dY.device, torch.float32)
+    table = _rotation(size, plan.blocks, dY.device) if rotated else None
+    step = _block_rows(dY, width, weight is not None and needs_x)
+    outer, inner = (dY.new_empty(step, width) for _ in range(2))
+    values, turned = (dY.new_empty(step, width, dtype=torch.float32) for _ in range(2))
+    nothing = dY.new_empty(step, 0), dY.new_empty(inputs, 0)
+    part = dM
+    for start in range(0, dY.shape[0], step):
+        D = dY[start : start + step]
+        g = outer[: D.shape[0]]
+        compress(g, D, *plan.outer, None, False)
+        if x is not None:
+            a = inner[: D.shape[0]]
+            compress(a, x[start : start + step], *plan.inner, table, False)
+            row(part, g.view(-1, size).t(), a.view(-1, size), True, scaling, None, None, None)
+            if start:
+                dM.add_(part)
+            else:
+                part = torch.empty_like(dM)
+        if needs_x:
+            v = values[: D.shape[0]]
+            row(v.view(-1, size), g.view(-1, size), matrix, True, scaling, None, None, None)
+            if table is not None:
+                unrotate(turned[: D.shape[0]], v, False, width, table, True)
+                v = turned[: D.shape[0]]
+            _finish(row, dx[start : start + step], D, weight, True, None, (v, *plan.inner), nothing)
+    return dx, dM
+
+
+def _blocks_backward_fake(
+    dY: Tensor, x: Tensor | None, matrix: Tensor, inputs: int, needs_x: bool
+) -> tuple[Tensor, Tensor]:
+    size = 0 if x is None else matrix.shape[0]
+    dx = dY.new_empty((dY.shape[0] if needs_x else 0, inputs))
+    return dx, dY.new_empty((size, size), dtype=torch.float32)
+
+
+# ---- library ops
+
+
+def _flat(weight: Weight4 | Tensor | None) -> tuple[Any, ...]:
+    """dense, packed, absmax, absmax2, code, offset, quant_type, blocksize, blocksize2, rows, columns."""
+    if not isinstance(weight, tuple):
+        return weight, None, None, None, None, None, "", 0, 0, 0, 0
+    packed, absmax, nested, *spec, rows, columns = weight
+    absmax2, code, offset, blocksize2 = (None, None, None, 0) if nested is None else nested
+    return None, packed, absmax, absmax2, code, offset, *spec, blocksize2, rows, columns
+
+
+def _unflat(dense: Tensor | None, packed: Tensor | None, *rest: Any) -> Weight4 | Tensor | None:
+    if packed is None:
+        return dense
+    absmax, absmax2, code, offset, *spec = rest
+    return weight4(packed, absmax, absmax2, code, offset, tuple(spec))
+
+
+def _blocks_op(x: Tensor, matrix: Tensor, bias: Tensor | None, *args: Any) -> Tensor:
+    *flat, outputs, rotated, scaling = args
+    return _blocks(x, matrix, bias, _unflat(*flat), outputs, rotated, scaling)
+
+
+def _blocks_op_fake(x: Tensor, matrix: Tensor, bias: Tensor | None, *args: Any) -> Tensor:
+    return x.new_empty((x.shape[0], args[-3]))
+
+
+def _blocks_backward_op(grad: Tensor, x: Tensor | None, matrix: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    *flat, inputs, rotated, scaling, needs_x = args
+    return _blocks_backward(grad, x, matrix, _unflat(*flat), inputs, rotated, scaling, needs_x)
+
+
+def _blocks_backward_op_fake(
+    grad: Tensor, x: Tensor | None, matrix: Tensor, *args: Any
+) -> tuple[Tensor, Tensor]:
+    return _blocks_backward_fake(grad, x, matrix, args[-4], args[-1])
+
+
+def _compress_op(x: Tensor, columns: int, grouped: bool, length: int) -> Tensor:
+    return _compress(False, x, columns, (grouped, length))
+
+
+def _compress_fake(x: Tensor, columns: int, grouped: bool, length: int) -> Tensor:
+    return x.new_empty((x.shape[0], columns))
+
+
+def _spread_op(values: Tensor, outputs: int, grouped: bool, length: int, dtype: torch.dtype) -> Tensor:
+    row = find("matmul", values.device, dtype)
+    return _spread(row, (values, grouped, length), outputs, dtype)
+
+
+def _spread_fake(values: Tensor, outputs: int, grouped: bool, length: int, dtype: torch.dtype) -> Tensor:
+    return values.new_empty((values.shape[0], outputs), dtype=dtype)
+
+
+_WEIGHT = (
+    "Tensor? dense, Tensor? packed, Tensor? absmax, Tensor? absmax2, Tensor? code, Tensor? offset, "
+    "str quant_type, int blocksize, int blocksize2, int rows, int columns"
+)
+register(
+    "compress(Tensor x, SymInt columns, bool grouped, SymInt length) -> Tensor",
+    _compress_op,
+    _compress_fake,
+)
+register(
+    "spread(Tensor values, SymInt outputs, bool grouped, SymInt length, ScalarType dtype) -> Tensor",
+    _spread_op,
+    _spread_fake,
+)
+register(
+    f"mora_blocks(Tensor x, Tensor matrix, Tensor? bias, {_WEIGHT}, SymInt outputs, bool rotated, "
+    "float scaling) -> Tensor",
+    _blocks_op,
+    _blocks_op_fake,
+)
+register(
+    f"mora_blocks_backward(Tensor grad, Tensor? x, Tensor matrix, {_WEIGHT}, SymInt inputs, bool rotated, "
+    "float scaling, bool needs_x) -> (Tensor, Tensor)",
+    _blocks_backward_op,
+    _blocks_backward_op_fake,
+)
+
+
+# ---- autograd
+
+
+def _forward(
+    traced: bool,
+    x: Tensor,
+    matrix: Tensor,
+    bias: Tensor | None,
+    weight: Weight4 | Tensor | None,
+    outputs: int,
+    kind: int | str,
+    scaling: float,
+) -> tuple[Tensor, Tensor | None]:
+    """Y [..., O] and, where there is one block, z = compress(x) [M, r̂], rounded to x's dtype."""
+    size, inputs = matrix.shape[0], x.shape[-1]
+    plan = _plan(kind, size, inputs, outputs)
+    rows = x if x.ndim == 2 else as_rows(x, inputs)
+    if plan.blocks == 1:
+        row = matmul_row(traced, x)
+        z = _compress(traced, rows, size, plan.inner)
+        v = thin_matmul(row, z, matrix, False, scaling, torch.float32)
+        y = _expand(row, rows, weight, False, outputs, bias, (v, *plan.outer))
+        return like_rows(y, x), z
+    if traced:
+        y = _OPS.mora_blocks(rows, matrix, bias, *_flat(weight), outputs, plan.rotated, scaling)
+    else:
+        y = _blocks(rows, matrix, bias, weight, outputs, plan.rotated, scaling)
+    return like_rows(y, x), None
+
+
+def _save(
+    ctx: Any,
+    x: Tensor,
+    matrix: Tensor,
+    bias: Tensor | None,
+    dense: Tensor | None,
+    tensors: tuple[Tensor | None, ...],
+    spec: WeightSpec | None,
+    kind: int | str,
+    scaling: float,
+    z: Tensor | None,
+) -> None:
+    """Only what the gradients that are asked for will read."""
+    needs_x, needs_M, needs_bias, needs_W = ctx.needs_input_grad[:4]
+    bias_dtype = bias.dtype if bias is not None and needs_bias else None
+    ctx.settings = spec, kind, scaling, x.shape[-1], matrix.dtype, bias_dtype
+    ctx.save_for_backward(
+        x if needs_W or (needs_M and z is None) else None,
+        matrix if needs_x or z is None else None,
+        z if needs_M else None,
+        *((dense, *tensors) if needs_x else (None,) * 6),
+    )
+
+
+def _backward(ctx: Any, traced: bool, grad: Tensor) -> tuple[Any, ...]:
+    """The gradients of x, matrix, bias and the dense W."""
+    x, matrix, z, dense, packed, absmax, absmax2, code, offset = ctx.saved_tensors
+    needs_x, needs_M, needs_bias, needs_W = ctx.needs_input_grad[:4]
+    spec, kind, scaling, inputs, matrix_dtype, bias_dtype = ctx.settings
+    dY = as_rows(grad, grad.shape[-1])
+    row = matmul_row(traced, dY)
+    weight = dense if packed is None else weight4(packed, absmax, absmax2, code, offset, spec)
+    dx = dM = dbias = dW = None
+    if needs_x or needs_M:
+        size = z.shape[1] if matrix is None else matrix.shape[0]
+        plan = _plan(kind, size, inputs, dY.shape[1])
+        if plan.blocks == 1:
+            g = _compress(traced, dY, size, plan.outer)
+            if needs_M:
+                dM = thin_matmul(row, g.t(), z, True, scaling, matrix_dtype)  # s gᵀ z
+            if needs_x:
+                v = thin_matmul(row, g, matrix, True, scaling, torch.float32)  # s g M
+                dx = _expand(row, dY, weight, True, inputs, None, (v, *plan.inner))
+        else:
+            rows = as_rows(x, inputs) if needs_M else None
+            if traced:
+                flat = _flat(weight)
+                dx, dM = _OPS.mora_blocks_backward(
+                    dY, rows, matrix, *flat, inputs, plan.rotated, scaling, needs_x
+                )
+            else:
+                dx, dM = _blocks_backward(dY, rows, matrix, weight, inputs, plan.rotated, scaling, needs_x)
+            dx, dM = dx if needs_x else None, dM.to(matrix_dtype) if needs_M else None
+    if dx is not None and grad.ndim != 2:
+        dx = dx.view(*grad.shape[:-1], inputs)
+    if needs_bias:
+        dbias = sum_rows(row, dY, bias_dtype)
+    if needs_W:
+        dW = torch.mm(dY.t(), as_rows(x, inputs))
+    return dx, dM, dbias, dW
+
+
+_NO_TENSORS: tuple[None, ...] = (None,) * 5
+
+
+class _MoraLinear(torch.autograd.Function):
+    """Direct."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        matrix: Tensor,
+        bias: Tensor | None,
+        dense: Tensor | None,
+        quantized: QuantizedWeight | None,
+        outputs: int,
+        kind: int | str,
+        scaling: float,
+    ) -> Tensor:
+        weight: Any = dense if quantized is None else quantized.kernel_args
+        y, z = _forward(False, x, matrix, bias, weight, outputs, kind, scaling)
+        tensors, spec = (_NO_TENSORS, None) if quantized is None else flatten_weight(quantized)
+        _save(ctx, x, matrix, bias, dense, tensors, spec, kind, scaling, z)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        no_double_backward(ctx, grad, "mora_linear")
+        return *_backward(ctx, not is_direct(grad), grad), None, None, None, None
+
+
+class _MoraLinearTraced(torch.autograd.Function):
+    """z is a second output, if there is one: functorch saves nothing but inputs and outputs. It stays
+    differentiable, so that dM, which is made of it, raises when it is differentiated again."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        matrix: Tensor,
+        bias: Tensor | None,
+        dense: Tensor | None,
+        packed: Tensor | None,
+        absmax: Tensor | None,
+        absmax2: Tensor | None,
+        code: Tensor | None,
+        offset: Tensor | None,
+        spec: WeightSpec | None,
+        outputs: int,
+        kind: int | str,
+        scaling: float,
+    ) -> tuple[Tensor, ...]:
+        weight: Weight4 | Tensor | None = dense
+        if packed is not None and absmax is not None and spec is not None:
+            weight = weight4(packed, absmax, absmax2, code, offset, spec)
+        y, z = _forward(True, x, matrix, bias, weight, outputs, kind, scaling)
+        return (y,) if z is None else (y, z)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, matrix, bias, dense, *tensors, spec, _, kind, scaling = inputs
+        z = output[1] if len(output) == 2 else None
+        _save(ctx, x, matrix, bias, dense, tuple(tensors), spec, kind, scaling, z)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Any, ...]:
+        return *_backward(ctx, True, grad), None, None, None, None, None, None, None, None, None
+
+
+def _apply(
+    x: Tensor,
+    weight: QuantizedWeight | Tensor | None,
+    matrix: Tensor,
+    outputs: int,
+    kind: int | str,
+    scaling: float,
+    bias: Tensor | None,
+) -> Tensor:
+    if isinstance(weight, QuantizedWeight):
+        quantized, dense = weight, None
+        direct = is_direct(x, matrix, bias) and type(weight.packed) in PLAIN
+    else:
+        quantized, dense = None, weight if weight is None or weight.dtype is x.dtype else weight.to(x.dtype)
+        direct = is_direct(x, matrix, bias, dense)
+    if not direct:
+        tensors, spec = (_NO_TENSORS, None) if quantized is None else flatten_weight(quantized)
+        y, *_ = _MoraLinearTraced.apply(  # type: ignore[no-untyped-call]
+            x, matrix, bias, dense, *tensors, spec, outputs, kind, scaling
+        )
+        return y  # type: ignore[no-any-return]
+    if torch.is_grad_enabled() and (
+        x.requires_grad
+        or matrix.requires_grad
+        or (bias is not None and bias.requires_grad)
+        or (dense is not None and dense.requires_grad)
+    ):
+        return _MoraLinear.apply(  # type: ignore[no-any-return,no-untyped-call]
+            x, matrix, bias, dense, quantized, outputs, kind, scaling
+        )
+    operand: Any = dense if quantized is None else quantized.kernel_args
+    return _forward(False, x, matrix, bias, operand, outputs, kind, scaling)[0]
+
+
+# ---- the public ops
+
+
+def _check_features(name: str, value: int, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, _INTEGER):
+        raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name}: expected at least {least}, got {value}")
+
+
+def check_matrix(matrix: Tensor, kind: int | str, device: torch.device) -> None:
+    if not isinstance(matrix, Tensor) or matrix.dim() != 2:
+        refuse("matrix", matrix, "shape [r̂, r̂], r̂ ≥ 1", None, device)
+    size = matrix.shape[0]
+    if size < 1 or matrix.shape[1] != size:
+        refuse("matrix", matrix, "shape [r̂, r̂], r̂ ≥ 1", None, device)
+    check_tensor("matrix", matrix, (size, size), device)
+    if kind == 6 and size % 2:
+        raise ValueError(f"matrix: expected an even size for mora_type 6, got shape {list(matrix.shape)}")
+
+
+def mora_rank(in_features: int, out_features: int, r: int, mora_type: int | str = 1) -> int:
+    """r̂ = ⌊√((I + O) r) + ½⌋: the size of the square matrix with about the parameters of a LoRA of rank r.
+
+    For type 6 ("rotation") the even number 2 ⌊r̂ / 2⌋. At least 1, and 2 for type 6. in_features, out_features
+    and r are integers of at least 1; raises TypeError or ValueError naming the argument. Source: the MoRA
+    authors' code (github.com/kongds/MoRA).
+    """
+    for name, value in (("in_features", in_features), ("out_features", out_features), ("r", r)):
+        _check_features(name, value, 1)
+    return reference.mora_rank(in_features, out_features, r, mora_type)
+
+
+def _check_mora(
+    x: Tensor, matrix: Tensor, out_features: int, mora_type: int | str
+) -> tuple[torch.dtype, int | str]:
+    kind = mora_kind(mora_type)
+    if not isinstance(x, Tensor) or x.dim() < 1:
+        refuse("x", x, "shape [..., I]", None, None)
+    check_x(x, x.shape[-1], x.device)
+    check_matrix(matrix, kind, x.device)
+    _check_features("out_features", out_features, 0)
+    return autocast_dtype(x), kind
+
+
+def mora(x: Tensor, matrix: Tensor, out_features: int, mora_type: int | str = 1) -> Tensor:
+    """Y = decompress(compress(X) Mᵀ): a square matrix as a linear layer from I to O features.
+
+    x [..., I] fp32, bf16 or fp16, any strides, any batch shape, empty too; matrix M [r̂, r̂], r̂ ≥ 1, of any of
+    these dtypes. Returns [..., O = out_features] of x's dtype, contiguous. For every I, O and r̂; with
+    n = ⌈I / r̂⌉, x̃[p] = x[p mod I] for p < n r̂, g(i) the group of i in r̂ contiguous groups (the first ones
+    longer by one where they cannot be equal) and u = z Mᵀ:
+
+        1 "sharing"     z[q] = Σ x̃[p], p mod r̂ = q          y[i] = u[i mod r̂]
+        2               z[q] = Σ x[j], g(j) = q              y[i] = u[g(i)]
+        3               z as in 2                            y as in 1
+        4               z as in 1                            y as in 2
+        6 "rotation"    x̃ as n blocks of r̂; in block b the halves (s, t) become (s cos φ - t sin φ, t cos φ +
+                        s sin φ), φ[j] = b · 10000^(-2j / r̂), j < r̂ / 2; r̂ even. u: the n blocks, each times
+                        Mᵀ, in a row of L = n r̂; y[i] = u[i mod L]
+        "decoupling"    6 with nothing turned
+        "truncation"    z = the first r̂ columns of x         y = u in the first r̂ columns, 0 beyond
+
+    z is rounded to x's dtype; M is brought to it inside the product; u stays in fp32, every sum runs in fp32
+    and y is rounded once. cos and sin are fp32 numbers, computed in fp64.
+
+    Backward, with g the compression of dY as y's spreading has it: dX = the spreading of g M as x's
+    compression has it, dM = Σ gᵀ z over the rows, in M's dtype; only what is asked for. Saved: z [M, r̂], not
+    x, and M; for 6 and "decoupling" with n > 1, x by reference and M, and what lies between, as wide as x, is
+    made anew for some rows at a time, in both directions. First derivatives in reverse mode only: double
+    backward and forward mode raise RuntimeError. Under torch.autocast x is cast as F.linear casts it.
+
+    Raises TypeError or ValueError naming the argument; RuntimeError when a forced backend cannot run the
+    call. Method: MoRA, Jiang et al., arXiv 2405.12130; the types' numbers are those of its authors' code
+    (github.com/kongds/MoRA), which fails where r̂ > I (types 1, 4, 6): here x is repeated further.
+    """
+    dtype, kind = _check_mora(x, matrix, out_features, mora_type)
+    if dtype is not x.dtype:
+        x = x.to(dtype)
+    return _apply(x, None, matrix, out_features, kind, 1.0, None)
+
+
+def _mora_calls(x: Tensor, matrix: Tensor, out_features: int, mora_type: int | str = 1) -> tuple[Call, ...]:
+    dtype, _ = _check_mora(x, matrix, out_features, mora_type)
+    return tuple(Call(primitive, x.device, dtype) for primitive in ("compress", "matmul"))
+
+
+dispatch.CALLS["mora"] = _mora_calls
+
+
+def _check_linear(
+    x: Tensor,
+    weight: QuantizedWeight | Tensor,
+    matrix: Tensor,
+    mora_type: int | str,
+    scaling: float,
+    bias: Tensor | None,
+) -> tuple[torch.dtype, int | str]:
+    """Raises for anything that the op does not take; returns the dtype to compute in and the type's name."""
+    kind = mora_kind(mora_type)
+    if isinstance(weight, QuantizedWeight):
+        rows, columns = weight.shape
+        device = weight.packed.device
+        check_x(x, columns, device)
+        dtype = autocast_dtype(x)
+    elif isinstance(weight, Tensor):
+        if weight.dim() != 2:
+            refuse("weight", weight, "a QuantizedWeight or shape [N, K]", None, None)
+        rows, columns = weight.shape
+        device = weight.device
+        check_tensor("weight", weight, (rows, columns), device)
+        check_x(x, columns, device)
+        dtype = autocast_dtype(x)
+        if weight.dtype is not dtype and not is_autocast(x):
+            refuse("weight", weight, "", x.dtype, device)
+    else:
+        raise TypeError(f"weight: expected a tensor or a QuantizedWeight, got {type(weight).__name__}")
+    check_matrix(matrix, kind, device)
+    check_scaling(scaling)
+    if bias is not None:
+        check_tensor("bias", bias, (rows,), device)
+    return dtype, kind
+
+
+def mora_linear(
+    x: Tensor,
+    weight: QuantizedWeight | Tensor,
+    matrix: Tensor,
+    mora_type: int | str = 1,
+    scaling: float = 1.0,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Y = X Wᵀ + s · mora(X) + b, the adapter added in the epilogue of the frozen product: Y is written once.
+
+    x [..., K] fp32, bf16 or fp16, any strides, any batch shape, empty too; weight a dense [N, K] of x's dtype
+    or a QuantizedWeight; matrix [r̂, r̂] and bias [N] of any of these dtypes. Returns [..., N] of x's dtype,
+    contiguous. mora_type and the formula of each type: `mora`, with I = K and O = N.
+
+    The roundings are those of `mora`, with one of Y at the end. With a dense W, torch's own GEMM adds to the
+    addend, which costs one more rounding to x's dtype; its bits are torch's, and in fp32 they may depend on
+    the thread count, while with a QuantizedWeight they do not.
+
+    Backward: dX = dY W + s · spread(g M), dM = s · Σ gᵀ z (g, z: `mora`), dbias = Σ dY, each in its own
+    parameter's dtype, and only those that are asked for. A QuantizedWeight is frozen; a dense W that requires
+    grad gets dW = dYᵀ X. Saved: z [M, r̂], M and the weight by reference, never a dequantized W, and x only
+    for a dense W that requires grad; for type 6 and "decoupling" with K > r̂, x by reference instead of z,
+    and both passes go through row blocks of at most 384 rows. First derivatives in reverse mode only: double
+    backward and forward mode raise RuntimeError. Under torch.autocast x and a dense W are cast as F.linear
+    casts them; the matrix is brought to that dtype inside the product and keeps its own for its gradient.
+
+    Raises TypeError or ValueError naming the argument; RuntimeError when a forced backend cannot run the
+    call. Method: MoRA, Jiang et al., arXiv 2405.12130, whose scaling is 1; QLoRA, Dettmers et al., arXiv
+    2305.14314.
+    """
+    dtype, kind = _check_linear(x, weight, matrix, mora_type, scaling, bias)
+    if dtype is not x.dtype:
+        x = x.to(dtype)
+    return _apply(x, weight, matrix, weight.shape[0], kind, scaling, bias)
+
+
+def _linear_calls(
+    x: Tensor,
+    weight: QuantizedWeight | Tensor,
+    matrix: Tensor,
+    mora_type: int | str = 1,
+    scaling: float = 1.0,
+    bias: Tensor | None = None,
+) -> tuple[Call, ...]:
+    dtype, _ = _check_linear(x, weight, matrix, mora_type, scaling, bias)
+    primitives = ["matmul", "compress"]
+    if isinstance(weight, Tensor):
+        primitives.insert(0, "matmul_dense")
+    return tuple(Call(primitive, x.device, dtype) for primitive in primitives)
+
+
+dispatch.CALLS["mora_linear"] = _linear_calls
+
+
+def _check_delta(matrix: Tensor, in_features: int, out_features: int, mora_type: int | str) -> int | str:
+    kind = mora_kind(mora_type)
+    if not isinstance(matrix, Tensor):
+        refuse("matrix", matrix, "shape [r̂, r̂], r̂ ≥ 1", None, None)
+    check_matrix(matrix, kind, matrix.device)
+    _check_features("in_features", in_features, 0)
+    _check_features("out_features", out_features, 0)
+    return kind
+
+
+def mora_delta(matrix: Tensor, in_features: int, out_features: int, mora_type: int | str = 1) -> Tensor:
+    """ΔW [O, I] with mora(x) = x ΔWᵀ: what the adapter adds to W, but for mora_linear's scaling.
+
+    matrix [r̂, r̂] fp32, bf16 or fp16; mora_type as in `mora`, of which this is the matrix for every I, O and
+    r̂: ΔW's elements are elements of M, turned by the forward's own cos and sin for type 6, and sums of those
+    where x is repeated more than once onto a column. In matrix's dtype, summed in fp32 and rounded once;
+    differentiable to any order. Gathered from M, without a product. Raises TypeError or ValueError naming
+    the argument.
+    """
+    kind = _check_delta(matrix, in_features, out_features, mora_type)
+    size, device = matrix.shape[0], matrix.device
+    plan = _plan(kind, size, in_features, out_features)
+    M = matrix.float()
+    if plan.blocks == 1:
+        columns = reference.spread_out(M, in_features, *plan.inner)  # [r̂, I]
+        delta = _spread_rows(columns, out_features, *plan.outer)
+        return delta.to(matrix.dtype)
+    blocks = plan.blocks
+    if plan.rotated:
+        cos, sin = reference.rotation_table(size, blocks, device).unsqueeze(2).unbind(1)  # [n, 1, r̂ / 2]
+        s, t = M.chunk(2, 1)
+        turned = torch.cat((s * cos + t * sin, t * cos - s * sin), 2)  # [n, r̂, r̂]: M times each block's turn
+    else:
+        turned = M.expand(blocks, size, size)
+    # rows b r̂ … (b + 1) r̂ of the n r̂ that are then repeated: block b, at the columns that it reads
+    at = torch.arange(blocks * size, device=device) % in_features
+    delta = M.new_zeros(blocks, size, in_features)
+    delta = delta.scatter_add(2, at.view(blocks, 1, size).expand(-1, size, -1), turned)
+    return _spread_rows(delta.view(blocks * size, in_features), out_features, *plan.outer).to(matrix.dtype)
+
+
+def _spread_rows(values: Tensor, rows: int, grouped: bool, length: int) -> Tensor:
+    """[P, I] → [rows, I], as reference.spread_out does to columns; length ≤ rows."""
+    size, device = values.shape[0], values.device
+    if grouped:
+        return values.index_select(0, reference.group_of(rows, size, device))
+    if length <= size:
+        spread = values[:length]
+    else:
+        spread = values.index_select(0, torch.arange(length, device=device) % size)
+    if length == rows:
+        return spread
+    return torch.nn.functional.pad(spread, (0, 0, 0, rows - length))
+
+
+def _delta_calls(
+    matrix: Tensor, in_features: int, out_features: int, mora_type: int | str = 1
+) -> tuple[Call, ...]:
+    _check_delta(matrix, in_features, out_features, mora_type)
+    return ()
+
+
+dispatch.CALLS["mora_delta"] = _delta_calls
