@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,14 @@ from bench import cases
 from bench.cases import Case, Shape
 from bench.machine import ROOT, Machine, describe
 
-WHO = (cases.OURS, cases.DENSE, cases.PEFT)
+WHO = {
+    "train_step": (cases.OURS, cases.DENSE, cases.PEFT),
+    "mora_linear_step": (cases.OURS, cases.EAGER, cases.BNB_EAGER, cases.LORA),
+}
 
 
-def saved_bytes(forward: Any, known: list[Tensor]) -> tuple[Tensor, int]:
-    """The result, and the bytes of the storages that backward keeps and that are not in `known`."""
+def saved_bytes(forward: Any, known: list[Tensor]) -> tuple[Tensor, dict[int, int]]:
+    """The result, and the bytes of the storages that backward keeps, by address, but for those in `known`."""
     owned = {tensor.untyped_storage().data_ptr() for tensor in known}
     kept: dict[int, int] = {}
 
@@ -32,7 +36,7 @@ def saved_bytes(forward: Any, known: list[Tensor]) -> tuple[Tensor, int]:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         y = forward()
-    return y, sum(kept.values())
+    return y, kept
 
 
 def _status(field: str) -> int:
@@ -48,13 +52,27 @@ def _parameters(who: str, case: Case, machine: Machine) -> tuple[Any, list[Tenso
     import torch.nn.functional as F
 
     import peftkern
-    from bench.peers import SCALING, Inputs, Weights, peft_layer
+    from bench.peers import SCALING, Inputs, Weights, bnb_matmul, eager_mora, peft_layer
 
     weights = Weights(case.shape, case.dtype, case.quant_type, case.blocksize, False, machine)
+    if case.mora_type and who == cases.LORA:
+        case = replace(case, op="train_step", rank=case.lora_rank, mora_type=0)
     inputs = Inputs(case, weights)
+    W = weights.quantized[0]
+    if case.mora_type:
+        matrix = inputs.matrix.requires_grad_()
+        if who == cases.OURS:
+            return lambda x: peftkern.mora_linear(x, W, matrix, case.mora_type), [W.packed, W.absmax, matrix]
+        matrix = matrix.detach().to(weights.dtype).requires_grad_()
+        adapter = eager_mora(case)
+        if who == cases.EAGER:
+            D = weights.dense[0]
+            return lambda x: F.linear(x, D) + adapter(x, matrix), [D, matrix, *adapter.tables]
+        packed, state = weights.bnb[0]
+        base = bnb_matmul(weights)
+        return lambda x: base(x, 0) + adapter(x, matrix), [packed, state.absmax, matrix, *adapter.tables]
     A, B = inputs.A.requires_grad_(), inputs.B.requires_grad_()
-    if who == cases.OURS:
-        W = weights.quantized[0]
+    if who in (cases.OURS, cases.LORA):
         return lambda x: peftkern.lora_linear(x, W, A, B, SCALING), [W.packed, W.absmax, A, B]
     if who == cases.DENSE:
         D = weights.dense[0]
@@ -71,7 +89,7 @@ def child(who: str, case: Case) -> dict[str, int]:
     machine = describe()
     for small in (True, False):
         shape = Shape(64, 64, "") if small else case.shape
-        now = Case("train_step", shape, 4 if small else case.M, False, case.dtype, case.rank)
+        now = replace(case, shape=shape, M=4 if small else case.M)
         forward, known = _parameters(who, now, machine)
         x = torch.randn(now.M, shape.K).bfloat16().requires_grad_()
         dy = torch.randn(now.M, shape.N).bfloat16()
@@ -80,14 +98,15 @@ def child(who: str, case: Case) -> dict[str, int]:
         y, kept = saved_bytes(lambda f=forward, x=x: f(x), known)
         y.backward(dy)  # type: ignore[no-untyped-call]
         peak = _status("VmHWM") - before
-    return {"kept_bytes": kept, "input_bytes": x.nbytes, "peak_bytes": peak}
+    held = kept.get(x.untyped_storage().data_ptr(), 0)
+    return {"kept_bytes": sum(kept.values()), "input_bytes": held, "peak_bytes": peak}
 
 
 def measure(case: Case, threads: int) -> dict[str, dict[str, int] | str]:
-    """For each implementation: bytes kept for backward, bytes of x among them, peak beyond before."""
+    """For each implementation: bytes kept for backward, x's bytes if it is among them, peak beyond before."""
     found: dict[str, dict[str, int] | str] = {}
-    for who in WHO:
-        words = [who, case.shape.name, str(case.M), str(case.rank), case.dtype]
+    for who in WHO[case.op]:
+        words = [who, case.op, case.shape.name, str(case.M), str(case.rank), case.dtype, str(case.mora_type)]
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
         done = subprocess.run(
             [sys.executable, "-m", "bench.memory", *words],
@@ -106,6 +125,7 @@ def measure(case: Case, threads: int) -> dict[str, dict[str, int] | str]:
 
 
 if __name__ == "__main__":
-    who, shape, M, rank, dtype = sys.argv[1:]
+    who, op, shape, M, rank, dtype, mora_type = sys.argv[1:]
     N, K = (int(side) for side in shape.split("x"))
-    print(json.dumps(child(who, Case("train_step", Shape(N, K, ""), int(M), False, dtype, int(rank)))))
+    case = Case(op, Shape(N, K, ""), int(M), False, dtype, int(rank), mora_type=int(mora_type))
+    print(json.dumps(child(who, case)))

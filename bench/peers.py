@@ -28,6 +28,7 @@ from torch import Tensor, nn
 import peftkern
 from bench import cases
 from bench.cases import Case, Shape
+from bench.eager_mora import EagerMora
 from bench.machine import Machine
 from peftkern import QuantizedWeight, reference
 
@@ -201,7 +202,14 @@ class Inputs:
         self.x = normal(M, K, 1.0)
         self.dy = normal(M, N, 1.0)
         # peft keeps adapters in fp32 while training; in serving they have the model's dtype
-        adapter = torch.float32 if case.op == "train_step" else DTYPES[case.dtype]
+        adapter = torch.float32 if case.op in cases.BACKWARD_OPS else DTYPES[case.dtype]
+        if case.mora_type:
+            # of a size that makes mora(X) as large as X Wᵀ
+            self.matrix = normal(case.side, case.side, K**-0.5).to(adapter)
+            # no base weight: the matrix itself has to come from memory
+            alone = cases.weight_passes(case.op) == 0
+            self.matrix_copies = weights.copies(self.matrix.nbytes) if alone else len(weights.quantized)
+            return
         self.A = normal(R, K, K**-0.5).to(adapter)
         self.B = normal(N, R, 0.02).to(adapter)
         self.adapter_copies = [(self.A.clone(), self.B.clone()) for _ in range(len(weights.quantized))]
@@ -209,10 +217,16 @@ class Inputs:
     def adapter(self, i: int) -> tuple[Tensor, Tensor]:
         return self.adapter_copies[i % len(self.adapter_copies)]
 
+    def matrices(self, dtype: torch.dtype | None = None) -> list[Tensor]:
+        """Copies of MoRA's matrix, of one candidate's own."""
+        return [self.matrix.to(dtype or self.matrix.dtype, copy=True) for _ in range(self.matrix_copies)]
+
     @functools.cached_property
     def references(self) -> tuple[Tensor, ...]:
         """What every candidate on these bytes must return: peftkern.reference in fp32, in fp64 for fp32."""
         case, wide = self.case, torch.float64 if self.case.dtype == "fp32" else torch.float32
+        if case.mora_type:
+            return self._mora_references()
         x, dy, A, B = (tensor.to(wide) for tensor in (self.x, self.dy, self.A, self.B))
         weight = self.weights.first
         if case.op == "linear_4bit":
@@ -230,6 +244,18 @@ class Inputs:
             return (reference.dequantize_4bit(self.weights.first, DTYPES[case.dtype]),)
         quantized = reference.quantize_4bit(self.weights.source, case.quant_type, case.blocksize)
         return quantized.packed.flatten(), quantized.absmax.flatten()
+
+    def _mora_references(self) -> tuple[Tensor, ...]:
+        """In fp64 for every dtype."""
+        case, differentiated = self.case, self.case.op in cases.BACKWARD_OPS
+        x, matrix, dy = (tensor.double() for tensor in (self.x, self.matrix, self.dy))
+        with torch.set_grad_enabled(differentiated):
+            inputs = (x.requires_grad_(differentiated), matrix.requires_grad_(differentiated))
+            if cases.weight_passes(case.op):
+                y = reference.mora_linear(x, self.weights.first, matrix, case.mora_type)
+            else:
+                y = reference.mora(x, matrix, case.shape.N, case.mora_type)
+        return (y.detach(), *torch.autograd.grad(y, inputs, dy)) if differentiated else (y,)
 
 
 # what really ran
@@ -308,8 +334,8 @@ def _graphs(
 
 
 def ours(inputs: Inputs) -> Candidate:
-    case, weights = inputs.case, inputs.weights
-    quantized, x, n = weights.quantized, inputs.x, len(weights.quantized)
+    case, weights, x = inputs.case, inputs.weights, inputs.x
+    quantized, n = weights.quantized, len(weights.quantized)
     moved = weights.packed_bytes * cases.weight_passes(case.op) + cases.activation_bytes(case)
     make = functools.partial(
         Candidate,
@@ -345,6 +371,8 @@ def ours(inputs: Inputs) -> Candidate:
 
         path = _ours_path("lora_linear", leaf, quantized[0], *adapters[0], SCALING)
         return make(path=path, call=step, gradients=True)
+    if case.mora_type:
+        return _ours_mora(inputs, make)
     if case.op == "dequantize":
         path = _ours_path("dequantize_4bit", quantized[0], DTYPES[case.dtype])
         dtype = DTYPES[case.dtype]
@@ -361,19 +389,78 @@ def ours(inputs: Inputs) -> Candidate:
     return make(path=path, call=quantize, slack=0.0, copies=copies)
 
 
+def _ours_mora(inputs: Inputs, make: Callable[..., Candidate]) -> Candidate:
+    case, kind, N = inputs.case, inputs.case.mora_type, inputs.case.shape.N
+    x, matrices, over = inputs.x, inputs.matrices(), cases.weight_passes(case.op) > 0
+    quantized = inputs.weights.quantized if over else []
+    path = (
+        _ours_path("mora_linear", x, quantized[0], matrices[0], kind)
+        if over
+        else _ours_path("mora", x, matrices[0], N, kind)
+    )
+
+    def forward(x: Tensor, matrix: Tensor, i: int) -> Tensor:
+        if over:
+            return peftkern.mora_linear(x, quantized[i], matrix, kind)
+        return peftkern.mora(x, matrix, N, kind)
+
+    return make(path=path, copies=len(matrices), **_mora_call(inputs, forward, matrices))
+
+
+def _mora_call(
+    inputs: Inputs, forward: Callable[[Tensor, Tensor, int], Tensor], matrices: list[Tensor]
+) -> dict[str, Any]:
+    """A Candidate's call, forward(x, matrix, i) or that and its gradients, and whether it has them."""
+    x = inputs.x
+    if inputs.case.op not in cases.BACKWARD_OPS:
+        return {"call": lambda i: forward(x, matrices[i], i), "gradients": False}
+    leaf, leaves = _leaves(x)[0], _leaves(*matrices)
+
+    def step(i: int) -> tuple[Tensor, ...]:
+        return _differentiate((leaf, leaves[i]), lambda: forward(leaf, leaves[i], i), inputs.dy)
+
+    return {"call": step, "gradients": True}
+
+
 def ours_without_adapter(inputs: Inputs) -> Candidate:
-    """What the adapter costs: the same weight and input, linear_4bit alone."""
-    case, weights = inputs.case, inputs.weights
-    plain = dataclasses.replace(case, op="linear_4bit")
+    """What the adapter costs: the same weight and input, linear_4bit alone, with dX where the case has it."""
+    case, weights, x = inputs.case, inputs.weights, inputs.x
+    differentiated = case.op in cases.BACKWARD_OPS
+    plain = dataclasses.replace(case, op="linear_4bit", mora_type=0)
     quantized = [_clone(weight) for weight in weights.quantized]
+    (leaf,) = _leaves(x)
+
+    def step(i: int) -> tuple[Tensor, ...]:
+        return _differentiate((leaf,), lambda: peftkern.linear_4bit(leaf, quantized[i]), inputs.dy)
+
+    def expected() -> tuple[Tensor, ...]:
+        y = F.linear(x.float(), weights.dense_f32)
+        return (y, inputs.dy.float() @ weights.dense_f32) if differentiated else (y,)
+
+    passes = cases.weight_passes(case.op)
     return Candidate(
         cases.LINEAR,
-        _ours_path("linear_4bit", inputs.x, quantized[0]),
-        lambda i: peftkern.linear_4bit(inputs.x, quantized[i]),
+        _ours_path("linear_4bit", leaf if differentiated else x, quantized[0]),
+        step if differentiated else lambda i: peftkern.linear_4bit(x, quantized[i]),
         len(quantized),
-        weights.packed_bytes + cases.activation_bytes(plain),
-        cases.flops(plain),
-        once(lambda: (F.linear(inputs.x.float(), weights.dense_f32),)),
+        passes * (weights.packed_bytes + cases.activation_bytes(plain)),
+        passes * cases.flops(plain),
+        once(expected),
+        gradients=differentiated,
+    )
+
+
+def lora(inputs: Inputs) -> Candidate:
+    """peftkern's LoRA with about the parameters of MoRA's matrix, on its own copies of the same weight."""
+    case = inputs.case
+    op = {"mora_linear": "lora_linear", "mora_linear_step": "train_step"}.get(case.op)
+    if op is None:
+        raise UnavailableError
+    weights = copy.copy(inputs.weights)
+    weights.quantized = [_clone(weight) for weight in inputs.weights.quantized]
+    candidate = ours(Inputs(dataclasses.replace(case, op=op, rank=case.lora_rank, mora_type=0), weights))
+    return dataclasses.replace(
+        candidate, name=cases.LORA, path=f"r = {case.lora_rank}, {candidate.path}", kind="peer"
     )
 
 
@@ -381,9 +468,9 @@ def ours_without_adapter(inputs: Inputs) -> Candidate:
 
 
 def dense(inputs: Inputs) -> Candidate:
-    """torch on the dequantized weight in x's dtype; with adapters, the three matmuls that one would write."""
+    """torch on the dequantized weight in x's dtype; with LoRA, the three matmuls that one would write."""
     case, weights, x, dy = inputs.case, inputs.weights, inputs.x, inputs.dy
-    if case.op in ("dequantize", "quantize"):
+    if case.mora_type or case.op in ("dequantize", "quantize"):
         raise UnavailableError
     W = weights.dense
     call: Callable[[int], Any]
@@ -422,6 +509,78 @@ def dense(inputs: Inputs) -> Candidate:
         slack=2.0,
         gradients=gradients,
     )
+
+
+def eager_mora(case: Case) -> EagerMora:
+    try:
+        return EagerMora(case.mora_type, case.shape.K, case.shape.N, case.side, DTYPES[case.dtype])
+    except ValueError as error:
+        raise UnavailableError(str(error)) from error
+
+
+def _torch_mora(
+    inputs: Inputs, name: str, compile_it: bool, base: Callable[[Tensor, int], Tensor] | None = None
+) -> Candidate:
+    """The formula step by step, everything in x's dtype, over `base` or torch's product with a dense W."""
+    case, weights = inputs.case, inputs.weights
+    if not case.mora_type:
+        raise UnavailableError
+    adapter, matrices = eager_mora(case), inputs.matrices(weights.dtype)
+    over = cases.weight_passes(case.op) > 0
+    dense_weights = weights.dense if over and base is None else []
+    copies, weight_bytes = len(matrices), weights.packed_bytes
+    steps = {2: "sums of groups", 3: "sums of groups", 6: "pad, view, rotate"}
+    path = f"{steps.get(case.mora_type, 'pad, view, sum')}, linear, repeat in {case.dtype}"
+
+    def prepared(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return torch.compile(function, dynamic=False, fullgraph=True) if compile_it else function
+
+    if compile_it:
+        torch._dynamo.reset()  # what an earlier case compiled, and its count of recompilations
+    if base is not None:
+
+        def forward(x: Tensor, matrix: Tensor, i: int) -> Tensor:
+            return base(x, i) + adapter(x, matrix)  # type: ignore[no-any-return]
+    elif over:
+        together = prepared(lambda x, matrix, W: F.linear(x, W) + adapter(x, matrix))
+        copies, weight_bytes = len(dense_weights), dense_weights[0].nbytes
+        path = f"linear on a dense {case.dtype} W + {path}"
+
+        def forward(x: Tensor, matrix: Tensor, i: int) -> Tensor:
+            return together(x, matrix, dense_weights[i])
+    else:
+        alone = prepared(adapter)
+
+        def forward(x: Tensor, matrix: Tensor, i: int) -> Tensor:
+            return alone(x, matrix)
+
+    candidate = Candidate(
+        name,
+        f"inductor, dynamic=False: {path}" if compile_it else path,
+        copies=copies,
+        bytes=weight_bytes * cases.weight_passes(case.op) + cases.activation_bytes(case),
+        flops=cases.flops(case),
+        expected=lambda: inputs.references,
+        slack=3.0,  # each step rounds to x's dtype; in type 6 the table, the products with it and their sum
+        **_mora_call(inputs, forward, matrices),
+    )
+    if compile_it:
+        try:
+            candidate.call(0)
+        except Exception as error:
+            lines = str(error).strip().splitlines() or [""]
+            raise UnavailableError(f"torch.compile failed: {type(error).__name__}: {lines[0]}") from error
+    return candidate
+
+
+def eager(inputs: Inputs) -> Candidate:
+    """MoRA as its authors compute it, one operator after the other."""
+    return _torch_mora(inputs, cases.EAGER, compile_it=False)
+
+
+def compiled(inputs: Inputs) -> Candidate:
+    """The same functions through torch.compile; compiling is not part of the time."""
+    return _torch_mora(inputs, cases.COMPILED, compile_it=True)
 
 
 def dense_single(inputs: Inputs) -> Candidate:
@@ -491,9 +650,20 @@ def peft_layer(packed: Tensor, state: Any, dtype: torch.dtype, A: Tensor, B: Ten
     return layer
 
 
+def bnb_matmul(weights: Weights) -> Callable[[Tensor, int], Tensor]:
+    """bitsandbytes' product with copy i of the weight, not repacked."""
+    matmul, states = _bitsandbytes().matmul_4bit, weights.bnb
+    return lambda x, i: matmul(x, states[i][0], quant_state=states[i][1])
+
+
 def bnb(inputs: Inputs) -> Candidate:
     """bitsandbytes while training, and for inference wherever it has not repacked the weight."""
     case, weights, x = inputs.case, inputs.weights, inputs.x
+    if case.mora_type:
+        if not cases.weight_passes(case.op):
+            raise UnavailableError
+        candidate = _torch_mora(inputs, cases.BNB_EAGER, compile_it=False, base=bnb_matmul(weights))
+        return dataclasses.replace(candidate, path=f"matmul_4bit, weight not repacked, + {candidate.path}")
     functional = _bitsandbytes().functional
     matmul = _bitsandbytes().matmul_4bit
     states = weights.bnb
@@ -617,7 +787,7 @@ def _cpu(name: str) -> Any:
 def read_ceiling(inputs: Inputs) -> Candidate:
     """The time of reading the packed bytes and absmax once, with the same threads, doing nothing else."""
     weights, threads = inputs.weights, torch.get_num_threads()
-    if inputs.case.op not in ("linear_4bit", "lora_linear", "dequantize"):
+    if inputs.case.op not in ("linear_4bit", "lora_linear", "mora_linear", "dequantize"):
         raise UnavailableError
     probe, buffers = _cpu("probe_read").probe_read, weights.plain_bytes
     return Candidate(
@@ -678,13 +848,16 @@ BUILDERS: dict[str, Callable[[Inputs], Candidate]] = {
     "bnb": bnb,
     "bnb-eval": bnb_eval,
     "int4pack": int4pack,
+    "eager": eager,
+    "compile": compiled,
+    "lora": lora,
 }
 
 
 def build(inputs: Inputs, wanted: tuple[str, ...]) -> tuple[list[Candidate], dict[str, str]]:
     """All who can run the case, peftkern first, and for the others why not."""
     builders: dict[str, Callable[[Inputs], Candidate]] = {"ours": ours}
-    if inputs.case.op == "lora_linear":
+    if inputs.case.op in ("lora_linear", "mora_linear", "mora_linear_step"):
         builders[cases.LINEAR] = ours_without_adapter
     builders |= {name: BUILDERS[name] for name in wanted}
     builders |= {cases.READ: read_ceiling, cases.PEAK: peak_ceiling}
@@ -692,7 +865,7 @@ def build(inputs: Inputs, wanted: tuple[str, ...]) -> tuple[list[Candidate], dic
     missing: dict[str, str] = {}
     for name, builder in builders.items():
         try:
-            with torch.set_grad_enabled(inputs.case.op in ("dx", "train_step")):
+            with torch.set_grad_enabled(inputs.case.op in cases.BACKWARD_OPS):
                 found.append(builder(inputs))
         except UnavailableError as reason:
             if str(reason):

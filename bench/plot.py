@@ -21,20 +21,24 @@ COLOURS = {
     cases.INT4PACK: "#762a83",
     cases.PEFT: "#b35806",
     "peft + bnb packed eval": "#fdb863",
+    cases.EAGER: "#4393c3",
+    cases.COMPILED: "#c51b7d",
+    cases.BNB_EAGER: "#d6604d",
+    cases.LORA: "#bf812d",
     cases.PEAK: "#000000",
 }
 
 
-def _panels(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
-    """(op, shape) → its bf16 NF4 cold rows, for every panel with two values of M at least."""
-    panels: dict[tuple[str, str], list[Row]] = {}
+def _panels(rows: Sequence[Row]) -> dict[tuple[str, str, str], list[Row]]:
+    """(op, shape, MoRA's type) → its bf16 NF4 cold rows, for every panel with two values of M at least."""
+    panels: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:
         plain = (row["status"], row["cache"], row["dtype"], row["quant_type"], row["blocksize"])
         if plain == ("ok", "cold", "bf16", "nf4", "64") and int(row["M"]):
-            panels.setdefault((row["op"], row["shape"]), []).append(row)
+            panels.setdefault((row["op"], row["shape"], row["mora_type"]), []).append(row)
     many = {key: found for key, found in panels.items() if len({row["M"] for row in found}) > 1}
     order = {op: i for i, op in enumerate(cases.OPS)}
-    return dict(sorted(many.items(), key=lambda item: (order[item[0][0]], _size(item[0][1]))))
+    return dict(sorted(many.items(), key=lambda item: (order[item[0][0]], _size(item[0][1]), item[0][2])))
 
 
 def _size(shape: str) -> int:
@@ -42,7 +46,9 @@ def _size(shape: str) -> int:
     return -int(N) * int(K)
 
 
-def _draw(panels: dict[tuple[str, str], list[Row]], column: str, label: str, title: str, path: Path) -> None:
+def _draw(
+    panels: dict[tuple[str, str, str], list[Row]], column: str, label: str, title: str, path: Path
+) -> None:
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -58,7 +64,7 @@ def _draw(panels: dict[tuple[str, str], list[Row]], column: str, label: str, tit
     height = 0.5 + 2.8 * down + legend
     figure, axes = plt.subplots(down, across, figsize=(width, height), squeeze=False)
     handles: dict[str, Any] = {}
-    for axis, ((op, shape), rows) in zip(axes.flat, panels.items(), strict=False):
+    for axis, ((op, shape, kind), rows) in zip(axes.flat, panels.items(), strict=False):
         for name, colour in COLOURS.items():
             points = sorted(
                 (int(row["M"]), float(row[column]))
@@ -79,7 +85,8 @@ def _draw(panels: dict[tuple[str, str], list[Row]], column: str, label: str, tit
             handles.setdefault(name, line)
         if column == "ratio":
             axis.axhline(1, color=COLOURS[cases.OURS], linewidth=0.8)
-        axis.set_title(f"{op} {shape.replace('x', '×')}", fontsize=9)
+        mora_type = f" type {kind}" if kind else ""
+        axis.set_title(f"{op}{mora_type} {shape.replace('x', '×')}", fontsize=9)
         axis.set_xscale("log", base=2)
         axis.set_yscale("log", base=10)
         axis.grid(alpha=0.25, which="both", linewidth=0.5)

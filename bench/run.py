@@ -54,6 +54,8 @@ class Timing:
 def verify(candidate: Candidate, case: Case) -> str | None:
     """Runs the first and the last copy; None when both are right."""
     inner = max(case.shape.N, case.shape.K, case.M)
+    if case.mora_type:
+        inner *= -(-case.shape.K // case.side)  # dM sums over the rows of every block
     for i in sorted({0, candidate.copies - 1}):
         result = candidate.call(i)
         if candidate.expected is None:
@@ -112,8 +114,8 @@ def rows_of(
     peak = by_name.get(cases.PEAK)
     rows: list[dict[str, object]] = []
     for candidate, timing in zip(candidates, timings, strict=True):
-        row: dict[str, object] = dict(zip(store.CASE, case.key, strict=True))
-        row |= {"candidate": candidate.name, "kind": candidate.kind, "path": candidate.path}
+        row: dict[str, object] = {**dict(zip(store.CASE, case.key, strict=True)), "candidate": candidate.name}
+        row |= {"kind": candidate.kind, "path": candidate.path}
         row["observed"] = candidate.observed
         row |= {"bytes": candidate.bytes, "flops": candidate.flops, "status": timing.problem or "ok"}
         if timing.rounds:
@@ -179,25 +181,24 @@ def run_case(
     inputs = peers.Inputs(case, weights)
     candidates, missing = peers.build(inputs, wanted)
     for candidate in candidates:
-        if candidate.kind == "peer" and candidate.name != cases.LINEAR:
+        if candidate.kind == "peer" and candidate.name not in (cases.LINEAR, cases.LORA):
             with torch.set_grad_enabled(candidate.gradients or case.op == "dx"):
                 candidate.observed = peers.observe(lambda run=candidate.call: run(0))  # type: ignore[misc]
-    with torch.set_grad_enabled(case.op in ("dx", "train_step")):
+    with torch.set_grad_enabled(case.op in cases.BACKWARD_OPS):
         timings = measure(candidates, case, seconds, rounds)
     return rows_of(case, candidates, timings, machine), missing
 
 
-def run_memory(shape: cases.Shape, M: int, rank: int, machine: Machine) -> list[dict[str, object]]:
-    """Bytes that one training step keeps for backward, and its peak."""
-    case = Case("memory", shape, M, cold=False, rank=rank)
-    title = f"memory of a training step, {shape.name} M={M} r={rank} bf16"
-    table = Table(title=title, title_justify="left", box=None)
+def run_memory(case: Case, machine: Machine) -> list[dict[str, object]]:
+    """Bytes that one training step keeps for backward, and its peak. case.op: one that memory.WHO has."""
+    table = Table(title=f"memory of a training step: {case.title}", title_justify="left", box=None)
     table.add_column("", min_width=22)
     for name in ("kept for backward", "of it x", "peak above weights"):
         table.add_column(name, justify="right")
     rows: list[dict[str, object]] = []
-    for who, result in memory.measure(replace(case, op="train_step"), machine.threads).items():
-        row: dict[str, object] = dict(zip(store.CASE, case.key, strict=True)) | {"candidate": who}
+    key = replace(case, op="memory").key
+    for who, result in memory.measure(case, machine.threads).items():
+        row: dict[str, object] = {**dict(zip(store.CASE, key, strict=True)), "candidate": who}
         if isinstance(result, str):
             table.add_row(who, result, style="red")
             row["status"] = result
@@ -219,21 +220,68 @@ def _words(text: str, allowed: Sequence[str], what: str) -> list[str]:
     return words
 
 
-def choose(
-    op: str, shape: str, m: str, cache: str, dtype: str, rank: int, quant: str, blocksize: int
-) -> list[Case]:
-    ops = _words(op, cases.OPS, "op") if op else list(cases.OPS)
+def _tokens(m: str) -> list[int]:
+    words = m.replace(" ", "").split(",")
+    if not all(word.isdigit() and int(word) for word in words):
+        raise typer.BadParameter(f"m: expected positive numbers, got {m!r}")
+    return [int(word) for word in words]
+
+
+def _shapes(shape: str) -> list[cases.Shape]:
     try:
-        shapes = cases.shapes_by_name(shape) if shape else list(cases.LLAMA[:1])
-        tokens = [int(word) for word in m.split(",")] if m else [1, 16, 64, 256]
+        return cases.shapes_by_name(shape)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
-    if min(tokens) < 1:
-        raise typer.BadParameter(f"m: expected positive numbers, got {m!r}")
+
+
+def _types(kind: str) -> list[int]:
+    return [int(word) for word in _words(kind, [str(mora_type) for mora_type in cases.MORA_TYPES], "type")]
+
+
+def choose(
+    op: str,
+    shape: str,
+    m: str,
+    cache: str,
+    dtype: str,
+    rank: int | None,
+    quant: str,
+    blocksize: int,
+    kind: str = "",
+) -> list[Case]:
+    ops = _words(op, cases.OPS, "op") if op else list(cases.OPS)
+    shapes = _shapes(shape) if shape else list(cases.LLAMA[:1])
+    tokens = _tokens(m) if m else [1, 16, 64, 256]
     caches = {"cold": [True], "hot": [False], "both": [True, False]}
     if cache not in caches:
         raise typer.BadParameter(f"cache: expected cold, hot or both, got {cache!r}")
-    return cases.select(ops, shapes, tokens, caches[cache], dtype, rank, quant, blocksize)
+    types = _types(kind) if kind else [1, 6]
+    return cases.select(ops, shapes, tokens, caches[cache], dtype, rank, quant, blocksize, types)
+
+
+def choose_goals(op: str, shape: str, m: str, kind: str) -> tuple[list[Case], list[Case]]:
+    """What the goals speak of, times and memory, narrowed to what is asked for."""
+    ops = _words(op, (*cases.OPS, "memory"), "op") or [*cases.OPS, "memory"]
+    shapes = [found.name for found in _shapes(shape)] if shape else None
+    tokens, types = _tokens(m) if m else None, _types(kind) if kind else None
+    found = [
+        case
+        for case in cases.goal_cases(ops)
+        if (shapes is None or case.shape.name in shapes)
+        and (tokens is None or case.M in tokens)
+        and (types is None or case.mora_type in types)
+    ]
+    steps = [replace(case, op="mora_linear_step") for case in found if case.op == "memory"]
+    return [case for case in found if case.op != "memory"], steps
+
+
+def choose_memory(shape: str, m: str, rank: int | None, kind: str) -> list[Case]:
+    """Training steps whose memory is measured, of one shape and M; MoRA's alone where types are asked."""
+    where = _shapes(shape)[0] if shape else cases.LLAMA[0]
+    found = cases.memory_cases(where, _tokens(m)[-1] if m else 512, _types(kind) if kind else (1, 6))
+    if kind:
+        found = [case for case in found if case.mora_type]
+    return [replace(case, rank=rank or case.rank) for case in found]
 
 
 def main(
@@ -242,7 +290,8 @@ def main(
     m: Annotated[str, typer.Option(help="tokens, e.g. 1,16,64")] = "",
     cache: Annotated[str, typer.Option(help="cold, hot or both")] = "cold",
     dtype: Annotated[str, typer.Option(help="of x: bf16, fp16 or fp32")] = "bf16",
-    rank: Annotated[int, typer.Option(help="of the adapter", min=1)] = 16,
+    rank: Annotated[int | None, typer.Option(help="of LoRA (16) or r of MoRA (8)", min=1)] = None,
+    kind: Annotated[str, typer.Option("--type", help="MoRA's: some of 1, 2, 3, 4, 6")] = "",
     quant: Annotated[str, typer.Option(help="nf4 or fp4")] = "nf4",
     blocksize: Annotated[int, typer.Option(help="32 … 4096")] = 64,
     peer: Annotated[str, typer.Option(help=f"some of {', '.join(peers.BUILDERS)}, or none")] = "",
@@ -265,24 +314,27 @@ def main(
         wanted = () if peer == "none" else tuple(_words(peer, list(peers.BUILDERS), "peer"))
     if threads:
         torch.set_num_threads(threads)
-    narrowed = bool(op or shape or m) or (cache, dtype, rank, quant, blocksize) != (
+    narrowed = bool(op or shape or m or kind) or (cache, dtype, rank, quant, blocksize) != (
         "cold",
         "bf16",
-        16,
+        None,
         "nf4",
         64,
     )
     ops_asked = [word for word in op.replace(" ", "").split(",") if word]
     with_memory = not narrowed or "memory" in ops_asked
     ops_asked = [word for word in ops_asked if word != "memory"]
+    memory_chosen = choose_memory(shape, m, rank, kind) if with_memory else []
     if goals:
-        chosen = cases.goal_cases()
+        chosen, memory_chosen = choose_goals(op, shape, m, kind)
     elif full:
         chosen = cases.full_cases()
     elif narrowed:
         only_memory = with_memory and not ops_asked
         chosen = (
-            [] if only_memory else choose(",".join(ops_asked), shape, m, cache, dtype, rank, quant, blocksize)
+            []
+            if only_memory
+            else choose(",".join(ops_asked), shape, m, cache, dtype, rank, quant, blocksize, kind)
         )
     else:
         chosen, minutes = cases.default_cases(), 6.0 if minutes is None else minutes
@@ -300,7 +352,9 @@ def main(
     console.print(f"peftkern {machine.commit}, ISA {machine.isa} ({machine.compiler}); {machine.versions}")
     console.print()
 
-    started, measured = time.monotonic(), []
+    started = time.monotonic()
+    measured: list[dict[str, object]] = []
+    measured_memory: list[dict[str, object]] = []
     left_out: list[Case] = []
     reasons: dict[str, None] = {}
     weights: peers.Weights | None = None
@@ -335,15 +389,17 @@ def main(
             if write:
                 store.write(folder / "results.csv", rows)
             progress.advance(task)
-    if with_memory and not goals:
-        asked = cases.shapes_by_name(shape)[0] if shape else cases.LLAMA[0]
-        rows = run_memory(asked, int(m.split(",")[-1]) if m else 512, rank, machine)
+    for case in memory_chosen:
+        rows = run_memory(case, machine)
+        measured_memory += rows
         if write:
             store.write(folder / "memory.csv", rows, store.MEMORY_COLUMNS)
 
     text = [{name: store._text(value) for name, value in row.items()} for row in measured]
     if goals:
-        report.print_goals(console, text, machine.isa)
+        kept = [{name: store._text(value) for name, value in row.items()} for row in measured_memory]
+        asked = set(_words(op, (*cases.OPS, "memory"), "op")) or {*cases.OPS, "memory"}
+        report.print_goals(console, [*text, *kept], machine.isa, asked)
     for line in reasons:
         console.print(f"not measured: {line}", style="dim")
     if left_out:

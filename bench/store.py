@@ -6,9 +6,10 @@ import csv
 from collections.abc import Iterable
 from pathlib import Path
 
-CASE = ("op", "shape", "M", "cache", "dtype", "rank", "quant_type", "blocksize")
+CASE = ("op", "shape", "M", "cache", "dtype", "rank", "quant_type", "blocksize", "mora_type")
+_FIRST = CASE[:-1]  # mora_type came later and stands last, so that the other columns keep their places
 COLUMNS = (
-    *CASE,
+    *_FIRST,
     "candidate",
     "kind",
     "status",  # "ok" or what was wrong; only "ok" has numbers
@@ -36,9 +37,10 @@ COLUMNS = (
     "compiler",
     "versions",
     "when",
+    "mora_type",  # empty where there is none
 )
 MEMORY_COLUMNS = (
-    *CASE,
+    *_FIRST,
     "candidate",
     "status",
     "kept_bytes",
@@ -53,6 +55,7 @@ MEMORY_COLUMNS = (
     "compiler",
     "versions",
     "when",
+    "mora_type",  # empty where there is none
 )
 
 Row = dict[str, str]
@@ -66,7 +69,7 @@ def read(path: Path) -> list[Row]:
     if not path.exists():
         return []
     with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+        return [{"mora_type": "", **row} for row in csv.DictReader(file)]
 
 
 def write(path: Path, rows: Iterable[dict[str, object]], columns: tuple[str, ...] = COLUMNS) -> None:
