@@ -132,6 +132,12 @@ void expect_walk(const char* grouped_name, py::handle grouped, const char* lengt
     throw py::value_error(text(length_name, ": expected 0 to 2^48, got ", value));
 }
 
+void expect_neighbouring_columns(const TensorView& v) {
+  if (v.shape[1] > 1 && v.strides[1] != 1)
+    throw py::value_error(text(v.name, ": expected neighbouring columns, got strides [", v.strides[0], ", ",
+                               v.strides[1], "]"));
+}
+
 Spread spread(py::handle object, const TensorView& out) {
   expect_tuple("spread", "None or (values, grouped, length)", object, 3);
   const auto item = [&](int i) { return py::handle(PyTuple_GET_ITEM(object.ptr(), i)); };
@@ -140,9 +146,7 @@ Spread spread(py::handle object, const TensorView& out) {
   if (values.shape[1] < 1)
     throw py::value_error(text("spread values: expected 1 column or more, got ", values.shape_text()));
   expect_shape(values, {out.shape[0], values.shape[1]});
-  if (values.shape[1] > 1 && values.strides[1] != 1)
-    throw py::value_error(text("spread values: expected neighbouring columns, got strides [",
-                               values.strides[0], ", ", values.strides[1], "]"));
+  expect_neighbouring_columns(values);
   expect_disjoint(out, values);
   expect_walk("spread grouped", item(1), "spread length", item(2));
   return {matrix(values), values.shape[1], item(1).ptr() == Py_True, integer("spread length", item(2))};
@@ -282,6 +286,43 @@ void bind_dropout(py::handle out_object, py::handle x_object, double p, py::hand
   dropout(params);
 }
 
+void bind_compress(py::handle out_object, py::handle x_object, py::handle grouped, py::handle length,
+                   py::handle rotation_object, bool inverse, int threads) {
+  CompressParams p;
+  p.threads = checked_threads(threads);
+  const TensorView out = matrix_view("out", out_object);
+  expect_no_self_overlap(out);
+  expect_neighbouring_columns(out);
+  const TensorView x = matrix_view("x", x_object);
+  expect_shape(x, {out.shape[0], x.shape[1]});
+  expect_disjoint(out, x);
+  expect_walk("grouped", grouped, "length", length);
+  p.rows = out.shape[0];
+  p.wide = x.shape[1];
+  p.columns = out.shape[1];
+  p.x = matrix(x);
+  p.out = matrix(out);
+  p.grouped = grouped.ptr() == Py_True;
+  p.length = integer("length", length);
+  p.inverse = inverse;
+  if (!rotation_object.is_none()) {
+    const TensorView rotation = view("rotation", rotation_object);
+    expect_dtype(rotation, {ScalarType::f32});
+    if (rotation.ndim != 3 || rotation.shape[1] != 2 || rotation.numel != p.columns)
+      throw py::value_error(text("rotation: expected shape [n, 2, h] with 2 n h = ", p.columns,
+                                 ", the columns of out, got ", rotation.shape_text()));
+    expect_flat(rotation, p.columns);
+    expect_disjoint(out, rotation);
+    p.rotation = static_cast<const float*>(rotation.data);
+    p.half = rotation.shape[2];
+  }
+  if (out.numel == 0) return;
+  const size_t bytes = static_cast<size_t>(out.end() - out.begin());
+  py::gil_scoped_release release;
+  prefer_huge_pages(p.out.data, bytes);
+  compress(p);
+}
+
 DType dtype_named(py::handle object) {
   static constexpr std::pair<const char*, DType> kDTypes[] = {
       {"float32", DType::f32}, {"bfloat16", DType::bf16}, {"float16", DType::f16}};
@@ -348,12 +389,14 @@ std::string kernel(const std::string& primitive, py::handle dtype_object) {
   static constexpr std::pair<const char*, Primitive> kPrimitives[] = {{"matmul", Primitive::matmul},
                                                                       {"dequantize", Primitive::dequantize},
                                                                       {"quantize", Primitive::quantize},
-                                                                      {"dropout", Primitive::dropout}};
+                                                                      {"dropout", Primitive::dropout},
+                                                                      {"compress", Primitive::compress}};
   const DType dtype = dtype_named(dtype_object);
   for (const auto& [name, p] : kPrimitives) {
     if (primitive == name) return isa_name(kernel_isa(p, dtype));
   }
-  throw py::value_error(text("primitive: expected matmul, dequantize, quantize or dropout, got ", primitive));
+  throw py::value_error(
+      text("primitive: expected matmul, dequantize, quantize, dropout or compress, got ", primitive));
 }
 
 py::dict build_info() {
@@ -393,6 +436,9 @@ void define(py::module_& m) {
         arg("blocksize"), arg("threads"), "Writes packed and absmax from weight.");
   m.def("dropout", bind_dropout, arg("out"), arg("x"), arg("p"), arg("seed"), arg("threads"),
         "out = x where the seeded hash keeps it, else 0");
+  m.def("compress", bind_compress, arg("out"), arg("x"), arg("grouped"), arg("length"), arg("rotation"),
+        arg("inverse").noconvert(), arg("threads"),
+        "out[m, q] = the sum of x[m, i] over the columns i that go with q, then blocks of out turned");
   m.def("probe_read", probe_read, arg("data"), arg("threads"), "Reads every byte once; a checksum.");
   m.def("probe_peak", probe_peak, arg("dtype"), arg("iterations"), arg("threads"),
         "Products in registers at the active level; the number of operations done, in 1e9.");

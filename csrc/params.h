@@ -95,6 +95,23 @@ struct MatmulParams {
   int threads = 1;
 };
 
+// out[m, q] = sum of x[m, i] over all pairs (i, q) of the walk, see Spread, with x's columns as the wide ones. Then, with
+// a rotation, in every block of 2 * half columns, for j < half:
+//   (out[j], out[half + j]) = (out[j] cos - out[half + j] sin, out[half + j] cos + out[j] sin), sin negated if inverse
+struct CompressParams {
+  int64_t rows = 0;
+  int64_t wide = 0;
+  int64_t columns = 0;
+  Matrix x;  // [rows, wide]
+  bool grouped = false;
+  int64_t length = 0;
+  const float* rotation = nullptr;  // [columns / (2 * half)][2][half]: cos, sin; or nullptr
+  int64_t half = 0;
+  bool inverse = false;
+  Matrix out;  // [rows, columns], stride1 == 1
+  int threads = 1;
+};
+
 // out[m, k] = x[m, k] where hash(seed, m * columns + k) < threshold, else 0; out is contiguous, of x's dtype.
 struct DropoutParams {
   Matrix x;

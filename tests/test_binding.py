@@ -407,6 +407,73 @@ def test_dropout_refuses(change: dict[str, Any], error: type[Exception], message
         _cpu.dropout(*a.values())
 
 
+def compress(**changes: Any) -> Tensor:
+    a: dict[str, Any] = {
+        "out": torch.full((M, 8), torch.nan),
+        "x": torch.randn(M, K),
+        "grouped": False,
+        "length": K,
+        "rotation": None,
+        "inverse": False,
+        "threads": 1,
+    }
+    a.update(changes)
+    _cpu.compress(*a.values())
+    return a["out"]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", [*NOT_TENSORS, *BAD_TENSORS])
+@pytest.mark.parametrize("argument", ["out", "x", "rotation"])
+def test_compress_refuses_tensors(argument: str, kind: str) -> None:
+    shape = {"out": (M, 8), "x": (M, K), "rotation": (2, 2, 2)}[argument]
+    bad = {**NOT_TENSORS, **BAD_TENSORS}[kind](*shape)
+    if (argument, kind) == ("rotation", "None"):
+        return compress(rotation=bad)
+    name = r"(out|x)" if kind.startswith("one row") and argument != "rotation" else argument
+    with pytest.raises(
+        TypeError if kind in NOT_TENSORS else ValueError, match=rf"^{name}: expected .*, got "
+    ):
+        compress(**{argument: bad})
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"out": torch.empty(8, M).t()}, ValueError, r"out: expected neighbouring columns, got .*1, 3"),
+        ({"out": torch.empty(M, 16)[:, ::2]}, ValueError, "out: expected neighbouring columns"),
+        ({"out": torch.empty(1, 8).expand(M, 8)}, ValueError, "out: expected elements that do not share"),
+        ({"out": torch.empty(20).as_strided((M, 8), (6, 1))}, ValueError, "out: expected elements that do"),
+        ({"x": torch.randn(M + 1, K)}, ValueError, r"x: expected shape \[3, 96\], got \[4, 96\]"),
+        ({"grouped": 0}, TypeError, "grouped: expected a bool, got int"),
+        ({"grouped": None}, TypeError, "grouped: expected a bool, got NoneType"),
+        ({"length": 1.0}, TypeError, "length: expected an int, got float"),
+        ({"length": -1}, ValueError, r"length: expected 0 to 2\^48, got -1"),
+        ({"length": 2**48 + 1}, ValueError, r"length: expected 0 to 2\^48, got 281474976710657"),
+        ({"length": 2**63}, ValueError, "length: expected an int of 64 bits"),
+        ({"inverse": 1}, TypeError, "incompatible function arguments"),
+        ({"inverse": None}, TypeError, "incompatible function arguments"),
+        ({"rotation": torch.zeros(1, 2, 3)}, ValueError, r"rotation: expected shape .* with 2 n h = 8"),
+        ({"rotation": torch.zeros(4, 1, 2)}, ValueError, r"rotation: expected shape .*, got \[4, 1, 2\]"),
+        ({"rotation": torch.zeros(2, 4)}, ValueError, r"rotation: expected shape .*, got \[2, 4\]"),
+        ({"rotation": torch.zeros(2, 2, 2).half()}, ValueError, "rotation: expected dtype torch.float32"),
+        ({"rotation": torch.zeros(2, 2, 4)[..., ::2]}, ValueError, "rotation: expected a contiguous tensor"),
+        ({"threads": 0}, ValueError, "threads: expected 1 to 1024, got 0"),
+    ],
+)  # fmt: skip
+def test_compress_refuses(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        compress(**change)
+
+
+def test_compress_shares_no_memory() -> None:
+    memory = torch.randn(M, K)
+    with pytest.raises(ValueError, match=r"out: expected memory apart from .*, got memory shared with x"):
+        compress(out=memory[:, :8], x=memory)
+    with pytest.raises(ValueError, match=r"out: expected memory apart from .* shared with rotation"):
+        compress(out=memory.view(-1)[: 8 * M].view(M, 8), rotation=memory.view(-1)[:8].view(1, 2, 4))
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 def test_probes(threads: int, isa: str) -> None:
     """What benchmarks compare with does what it says, and refuses what it cannot read."""
@@ -486,6 +553,13 @@ def test_empty_sizes() -> None:
     _cpu.dequantize(torch.empty(0, K), (*nothing, 0, K), 1)
     assert torch.equal(matmul(x=torch.empty(M, 0), weight=(*nothing, N, 0)), torch.zeros(M, N))
     quantize(weight=torch.empty(0, K), packed=nothing[0], absmax=nothing[1])
+    values = torch.empty(0, 8), False, N
+    matmul(out=torch.empty(0, N), x=torch.empty(0, K), spread=values)
+    matmul(out=torch.empty(M, 0), weight=torch.empty(0, K), spread=(torch.empty(M, 8), True, 0))
+    compress(out=torch.empty(0, 8), x=torch.empty(0, K))
+    compress(out=torch.empty(M, 0))
+    for grouped in (False, True):
+        assert torch.equal(compress(x=torch.empty(M, 0), grouped=grouped), torch.zeros(M, 8))
 
 
 def test_threads_of_python_share_no_state() -> None:
@@ -528,6 +602,11 @@ def step():
     _cpu.dequantize(results[0], weight, 4)
     results.append(torch.empty(512, 512))
     _cpu.dropout(results[1], w, 0.5, 1, 4)
+    results.append(torch.empty(512, 64))
+    _cpu.compress(results[2], w, False, 512, None, False, 4)
+    results.append(torch.empty(512, 512))
+    spread = (results[2], True, 0)
+    _cpu.matmul(results[3], w[:, :0], w[:, :0], False, 1.0, None, None, None, spread, 4)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for rows in (1, 8, 300):
             x = torch.linspace(-1, 1, rows * 512).view(rows, 512).to(dtype)

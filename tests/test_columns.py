@@ -150,3 +150,106 @@ def test_spread_has_the_same_bits_on_any_thread_count(dtype: torch.dtype, isa: s
             for threads, out in enumerate(outs, 1):
                 _cpu.matmul(out, x, w, False, 1.0, None, None, bias, (values[:rows], grouped, 1000), threads)
             assert all(torch.equal(out, outs[0]) for out in outs)
+
+
+def turned(z: Tensor, size: Tensor, rotation: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+    """Each pair of columns of a block turned by its angle, in fp64, and the pair's Σ|x| for both."""
+    n, _, h = rotation.shape
+    cos, sin = rotation.double().unbind(1)
+    sin = -sin if inverse else sin
+    a, b = z.view(-1, n, 2, h).unbind(2)
+    both = size.view(-1, n, 2, h).sum(2, keepdim=True).expand(-1, n, 2, h)
+    return torch.stack([a * cos - b * sin, b * cos + a * sin], 2).reshape(z.shape), both.reshape(z.shape)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("wide", "columns", "grouped", "length"), WALKS, ids=_IDS)
+def test_compress(wide: int, columns: int, grouped: bool, length: int, dtype: torch.dtype, isa: str) -> None:
+    sources, targets = pairs(wide, columns, grouped, length)
+    for rows in (1, 5, 33):
+        values = torch.randn(rows, wide).to(dtype)
+        expected, error = summed(values, columns, sources, targets)
+        outs: list[Tensor] = []
+        for layout, x in layouts(rows, wide, dtype).items():
+            x.copy_(values)
+            out = torch.full((rows, columns + 3), torch.nan, dtype=dtype)[:, 2 : 2 + columns]
+            _cpu.compress(out, x, grouped, length, None, False, 2)
+            bound = error + UNIT[dtype] * (expected.abs() + error) + 2.0**-25
+            assert ((out.double() - expected).abs() <= bound).all(), (rows, layout)
+            outs.append(out)
+        assert all(torch.equal(out, outs[0]) for out in outs), "bits that depend on the layout of x"
+        wider = torch.full((rows, columns), torch.nan)
+        _cpu.compress(wider, values, grouped, length, None, False, 2)
+        assert torch.equal(wider.to(dtype), outs[0]), "out's dtype is more than one rounding"
+
+
+@pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("wide", "columns", "half", "grouped", "length"),
+    [
+        (96, 96, 16, False, 96),  # x itself, turned
+        (4200, 4200, 1050, False, 4200),  # more than a tile of sums
+        (100, 104, 13, False, 104),  # the last columns start over at x's first
+        (300, 64, 32, False, 320),
+        (5, 14, 7, False, 14),
+        (64, 2, 1, False, 64),
+        (100, 32, 8, True, 0),
+        (0, 8, 2, False, 8),
+    ],
+)
+def test_compress_turns(
+    wide: int,
+    columns: int,
+    half: int,
+    grouped: bool,
+    length: int,
+    dtype: torch.dtype,
+    inverse: bool,
+    isa: str,
+) -> None:
+    """The rotation costs two products and a sum, each rounded in fp32, of values up to Σ|x| of the pair."""
+    sources, targets = pairs(wide, columns, grouped, length) if wide else ([], [])
+    angles = torch.rand(columns // (2 * half), half) * 6.3
+    rotation = torch.stack([angles.cos(), angles.sin()], 1)
+    for rows in (1, 7):
+        values = torch.randn(rows, wide).to(dtype)
+        z, error = summed(values, columns, sources, targets)
+        size, _ = summed(values.abs(), columns, sources, targets)
+        expected, both = turned(z, size, rotation, inverse)
+        _, errors = turned(z, error, rotation, inverse)
+        for out_dtype in DTYPES:
+            out = torch.full((rows, columns), torch.nan, dtype=out_dtype)
+            for x in (values, values.t().contiguous().t()):
+                _cpu.compress(out, x, grouped, length, rotation, inverse, 2)
+                bound = errors + 3 * U32 * both
+                bound += UNIT[out_dtype] * (expected.abs() + bound) + 2.0**-25
+                assert ((out.double() - expected).abs() <= bound).all(), (rows, out_dtype)
+
+
+@pytest.mark.parametrize("at", ["start", "end"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_compress_touches_nothing_else(dtype: torch.dtype, at: str, isa: str) -> None:
+    for wide, columns, grouped, length in WALKS:
+        for rows in (1, 3):
+            x = guarded(torch.randn(rows, wide).to(dtype), at)
+            out = guarded(torch.full((rows, columns), torch.nan, dtype=dtype), at)
+            _cpu.compress(out, x, grouped, length, None, False, 1)
+            assert out.isfinite().all()
+            if columns % 2 == 0:
+                rotation = guarded(torch.randn(1, 2, columns // 2), at)
+                out.fill_(torch.nan)
+                _cpu.compress(out, x, grouped, length, rotation, True, 1)
+                assert out.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_compress_has_the_same_bits_on_any_thread_count(dtype: torch.dtype, isa: str) -> None:
+    x = torch.randn(300, 1000).to(dtype)
+    for grouped in (False, True):
+        outs = [torch.full((300, 202), torch.nan, dtype=dtype) for _ in range(4)]
+        for threads, out in enumerate(outs, 1):
+            _cpu.compress(
+                out, x, grouped, 1010, torch.randn(1, 2, 101, generator=torch.manual_seed(1)), False, threads
+            )
+        assert all(torch.equal(out, outs[0]) for out in outs)

@@ -32,6 +32,7 @@ namespace peftkern {
 #define PEFTKERN_PARAMS_dequantize DequantizeParams
 #define PEFTKERN_PARAMS_quantize QuantizeParams
 #define PEFTKERN_PARAMS_dropout DropoutParams
+#define PEFTKERN_PARAMS_compress CompressParams
 #define PEFTKERN_PARAMS_probe ProbeParams
 
 #define PEFTKERN_KERNEL(isa, primitive, dtype) \
@@ -98,6 +99,7 @@ struct State {
   Chosen<DequantizeParams> dequantize;
   Chosen<QuantizeParams> quantize;
   Chosen<DropoutParams> dropout;
+  Chosen<CompressParams> compress;
   Chosen<ProbeParams> probe;
 
   explicit State(Isa isa) { set(isa); }
@@ -107,6 +109,7 @@ struct State {
     dequantize.choose_all(isa);
     quantize.choose_all(isa);
     dropout.choose_all(isa);
+    compress.choose_all(isa);
     probe.choose_all(isa);
   }
 };
@@ -133,6 +136,7 @@ void matmul(const MatmulParams& p) { state().matmul[p.x.dtype].run(p); }
 void dequantize(const DequantizeParams& p) { state().dequantize[p.out_dtype].run(p); }
 void quantize(const QuantizeParams& p) { state().quantize[p.dtype].run(p); }
 void dropout(const DropoutParams& p) { state().dropout[p.x.dtype].run(p); }
+void compress(const CompressParams& p) { state().compress[p.x.dtype].run(p); }
 void probe(const ProbeParams& p, DType dtype) { state().probe[dtype].run(p); }
 
 Isa kernel_isa(Primitive primitive, DType dtype) {
@@ -145,6 +149,8 @@ Isa kernel_isa(Primitive primitive, DType dtype) {
       return state().quantize[dtype].isa;
     case Primitive::dropout:
       return state().dropout[dtype].isa;
+    case Primitive::compress:
+      return state().compress[dtype].isa;
     case Primitive::probe:
       return state().probe[dtype].isa;
   }

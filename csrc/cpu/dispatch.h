@@ -6,12 +6,13 @@
 
 namespace peftkern {
 
-enum class Primitive { matmul, dequantize, quantize, dropout, probe };
+enum class Primitive { matmul, dequantize, quantize, dropout, compress, probe };
 
 void matmul(const MatmulParams& p);          // by p.x.dtype
 void dequantize(const DequantizeParams& p);  // by p.out_dtype
 void quantize(const QuantizeParams& p);      // by p.dtype
 void dropout(const DropoutParams& p);        // by p.x.dtype
+void compress(const CompressParams& p);      // by p.x.dtype
 void probe(const ProbeParams& p, DType dtype);
 
 // The level in use: the best available one until another is set. `isa` must be available.

@@ -322,24 +322,11 @@ inline void dot_weights(const MatmulParams& p, int64_t o0, int64_t rows, float* 
   }
 }
 
-// The sums of 16 vectors, in order: four rounds that fold two vectors into one.
+// The sums of the first `count` of 16 vectors that lie `stride` apart, in order.
 inline __m512 reduce_16(const __m512* v, int64_t stride, int64_t count) {
-  __m512 a[16];
-  for (int e = 0; e < 16; ++e) {
-    // where the rounds bring vector e's sum: 128-bit lane e / 4, element e % 4
-    constexpr int kLane[4] = {0, 8, 4, 12};
-    constexpr int kElement[4] = {0, 2, 1, 3};
-    a[kLane[e / 4] + kElement[e % 4]] = e < count ? v[e * stride] : _mm512_setzero_ps();
-  }
-  for (int i = 0; i < 8; ++i)
-    a[i] =
-        _mm512_add_ps(_mm512_shuffle_f32x4(a[i], a[i + 8], 0x44), _mm512_shuffle_f32x4(a[i], a[i + 8], 0xee));
-  for (int i = 0; i < 4; ++i)
-    a[i] =
-        _mm512_add_ps(_mm512_shuffle_f32x4(a[i], a[i + 4], 0x88), _mm512_shuffle_f32x4(a[i], a[i + 4], 0xdd));
-  for (int i = 0; i < 2; ++i)
-    a[i] = _mm512_add_ps(_mm512_shuffle_ps(a[i], a[i + 2], 0x44), _mm512_shuffle_ps(a[i], a[i + 2], 0xee));
-  return _mm512_add_ps(_mm512_shuffle_ps(a[0], a[1], 0x88), _mm512_shuffle_ps(a[0], a[1], 0xdd));
+  Vec a[16];
+  for (int e = 0; e < 16; ++e) a[e] = e < count ? Vec{v[e * stride]} : zero();
+  return reduce_each(a).v;
 }
 
 // What one task works on: outputs o0 … o0 + rows, decoded from w if W is 4-bit.

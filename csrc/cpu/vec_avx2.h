@@ -182,5 +182,14 @@ inline void transpose(const float* src, int64_t src_stride, float* dst, int64_t 
   }
 }
 
+// Three rounds that fold two vectors into one: neighbours twice, then the halves.
+inline Vec reduce_each(const Vec* v) {
+  __m256 pairs[4], fours[2];
+  for (int i = 0; i < 4; ++i) pairs[i] = _mm256_hadd_ps(v[2 * i].v, v[2 * i + 1].v);
+  for (int i = 0; i < 2; ++i) fours[i] = _mm256_hadd_ps(pairs[2 * i], pairs[2 * i + 1]);
+  return {_mm256_add_ps(_mm256_permute2f128_ps(fours[0], fours[1], 0x20),
+                        _mm256_permute2f128_ps(fours[0], fours[1], 0x31))};
+}
+
 }  // namespace
 }  // namespace peftkern::PEFTKERN_ISA

@@ -167,5 +167,25 @@ inline void transpose(const float* src, int64_t src_stride, float* dst, int64_t 
   }
 }
 
+// Four rounds that fold two vectors into one.
+inline Vec reduce_each(const Vec* v) {
+  __m512 a[16];
+  for (int e = 0; e < 16; ++e) {
+    // where the rounds bring vector e's sum: 128-bit lane e / 4, element e % 4
+    constexpr int kLane[4] = {0, 8, 4, 12};
+    constexpr int kElement[4] = {0, 2, 1, 3};
+    a[kLane[e / 4] + kElement[e % 4]] = v[e].v;
+  }
+  for (int i = 0; i < 8; ++i)
+    a[i] =
+        _mm512_add_ps(_mm512_shuffle_f32x4(a[i], a[i + 8], 0x44), _mm512_shuffle_f32x4(a[i], a[i + 8], 0xee));
+  for (int i = 0; i < 4; ++i)
+    a[i] =
+        _mm512_add_ps(_mm512_shuffle_f32x4(a[i], a[i + 4], 0x88), _mm512_shuffle_f32x4(a[i], a[i + 4], 0xdd));
+  for (int i = 0; i < 2; ++i)
+    a[i] = _mm512_add_ps(_mm512_shuffle_ps(a[i], a[i + 2], 0x44), _mm512_shuffle_ps(a[i], a[i + 2], 0xee));
+  return {_mm512_add_ps(_mm512_shuffle_ps(a[0], a[1], 0x88), _mm512_shuffle_ps(a[0], a[1], 0xdd))};
+}
+
 }  // namespace
 }  // namespace peftkern::PEFTKERN_ISA

@@ -11,6 +11,7 @@
 //   encode(buckets, x, p)   kWidth nibbles into kWidth/2 bytes:
 //                           bucket = #{j : not bounds[j] >= x}, nibble = order[bucket]
 //   transpose               kWidth x kWidth block of floats
+//   reduce_each(v)          kWidth vectors to one: lane i is the sum of v[i]'s lanes
 #pragma once
 
 #include <cmath>
@@ -188,6 +189,10 @@ inline void encode(const Buckets& b, Vec x, uint8_t* p) {
 inline void transpose(const float* src, int64_t src_stride, float* dst, int64_t dst_stride) {
   for (int i = 0; i < 4; ++i)
     for (int j = 0; j < 4; ++j) dst[j * dst_stride + i] = src[i * src_stride + j];
+}
+
+inline Vec reduce_each(const Vec* v) {
+  return {{reduce_add(v[0]), reduce_add(v[1]), reduce_add(v[2]), reduce_add(v[3])}};
 }
 
 #endif  // PEFTKERN_VEC_SCALAR

@@ -90,6 +90,17 @@ def dropout(out: Tensor, x: Tensor, p: float, seed: Tensor) -> None:
     _cpu.dropout(out, x, p, int(seed), get_num_threads())
 
 
+def compress(
+    out: Tensor,
+    x: Tensor,
+    grouped: bool,
+    length: int,
+    rotation: Tensor | None = None,
+    inverse: bool = False,
+) -> None:
+    _cpu.compress(out, x, grouped, length, rotation, inverse, get_num_threads())
+
+
 BACKEND = Backend(
     name="cpu",
     rows={
@@ -98,6 +109,7 @@ BACKEND = Backend(
         "dequantize": dequantize,
         "quantize": quantize,
         "dropout": dropout,
+        "compress": compress,
     },
     supports=supports,
     detail=detail,
