@@ -11,7 +11,7 @@ independent (`typical`, a root mean square). A test passes when
 u is the unit roundoff: fp32 2^-24, fp16 2^-11, bf16 2^-8. Rounding v costs at most u|v|, and u|v|/√3 in root
 mean square (an error uniform in ±u|v|). The mean of |e| is at most its root mean square (for a normal e it is
 0.8 of it, which leaves 25 %); the 5 / √count is seven standard deviations (0.6 of the root mean square each)
-of a mean over count elements, less that margin.
+of a mean over count elements, less that margin (where elements share errors, count is how many do not).
 
 What a correct kernel may do, and nothing more:
 
@@ -23,13 +23,16 @@ What a correct kernel may do, and nothing more:
   mixed signs are about (Σ terms²)^½;
 - one rounding to the output's dtype; the rank-R products T and G are outputs of x's dtype, so their error
   travels on;
+- MoRA: z = compress(x) and g = compress(dY) are fp32 sums of x's columns (in type 6 rotated in fp32 by a
+  table of fp32 cosines and sines), rounded to x's dtype, so their error travels on; z Mᵀ and g M are outputs
+  of fp32, and enter the base product's sum as they are;
 - values below fp32's smallest normal 2^-126 may be flushed to zero (AVX512_BF16 and AMX do so).
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -48,6 +51,7 @@ class Approx:
     value: Tensor  # fp64, exact
     error: Tensor  # fp64, at most
     typical: Tensor  # fp64, root mean square
+    count: int = 0  # how many errors are independent; 0: as many as elements
 
     def t(self) -> Approx:
         return Approx(self.value.t(), self.error.t(), self.typical.t())
@@ -93,10 +97,13 @@ def matmul(
     t: Approx | None = None,
     u: Approx | None = None,
     bias: Approx | None = None,
+    addend: Approx | None = None,
 ) -> Approx:
-    """alpha (x wᵀ + t uᵀ) + bias, rounded to dtype. x [M, K], w [N, K], t [M, R], u [N, R], bias [N]."""
+    """alpha (x wᵀ + t uᵀ) + bias + addend, rounded to dtype. x [M, K], w [N, K], t [M, R], u [N, R], bias
+    [N], addend [M, N]."""
     pairs = [(x, w)] if t is None or u is None else [(x, w), (t, u)]
-    count = sum(a.value.shape[1] for a, _ in pairs) + 3  # alpha, bias and the conversion of alpha to fp32
+    # alpha and its conversion to fp32, bias, addend
+    count = sum(a.value.shape[1] for a, _ in pairs) + 3 + (addend is not None)
     gamma = count * U32 / (1.0 - count * U32)
     value = torch.zeros((), dtype=torch.float64)
     error, typical, squares, flushed = value, value, value, value
@@ -111,10 +118,11 @@ def matmul(
     error = abs(alpha) * (error + FLUSHED * flushed)
     typical = alpha**2 * (typical + count * U32**2 / 3.0 * torch.maximum(squares, value.square()))
     value = alpha * value
-    if bias is not None:
-        error = error + bias.error + gamma * (bias.value.abs() + bias.error)
-        typical = typical + bias.typical.square() + U32**2 * bias.value.square()
-        value = value + bias.value
+    for part in (bias, addend):
+        if part is not None:
+            error = error + part.error + gamma * (part.value.abs() + part.error)
+            typical = typical + part.typical.square() + U32**2 * part.value.square()
+            value = value + part.value
     return Approx(value, error, typical.sqrt()).rounded(dtype)
 
 
@@ -177,10 +185,162 @@ def linear(
         ).rounded(dtype)
     found["x"] = dx
     if bias is not None:
-        ones = exact(torch.ones(1, grad.shape[0], dtype=torch.float64, device=grad.device))
-        found["bias"] = matmul(ones, exact(grad).t(), bias.dtype)
-        found["bias"] = Approx(found["bias"].value[0], found["bias"].error[0], found["bias"].typical[0])
+        found["bias"] = column_sums(grad, bias.dtype)
     return found
+
+
+# ---- MoRA
+
+
+def groups(columns: int, count: int) -> Tensor:
+    """[count, columns] of 0 and 1: contiguous groups, the first columns % count hold one column more."""
+    found = torch.zeros(count, columns, dtype=torch.float64)
+    start = 0
+    for group in range(count):
+        size = columns // count + (group < columns % count)
+        found[group, start : start + size] = 1.0
+        start += size
+    return found
+
+
+def cycles(columns: int, count: int, length: int) -> Tensor:
+    """[count, columns] of 0 and 1: p = 0 … length - 1 relates p mod count and p mod columns."""
+    found = torch.zeros(count, columns, dtype=torch.float64)
+    for p in range(length):
+        found[p % count, p % columns] = 1.0
+    return found
+
+
+def mora_maps(
+    columns: int, outputs: int, rank: int, mora_type: int | str
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+    """What the paper does to x and to the outputs, as matrices: compress [P, I], decompress [O, P], and the
+    (cos, sin) [P] of type 6; P is r̂, or r̂ for each of the ceil(I / r̂) blocks."""
+    blocks = -(-columns // rank)
+    padded = blocks * rank
+    if mora_type in (6, "rotation", "decoupling"):
+        turns = None
+        if mora_type != "decoupling":
+            angle = torch.arange(blocks, dtype=torch.float64)[:, None] * torch.tensor(
+                [10000.0 ** (-2.0 * j / rank) for j in range(rank // 2)], dtype=torch.float64
+            ).repeat(2)
+            turns = angle.cos().flatten(), angle.sin().flatten()
+        return cycles(columns, padded, padded), cycles(outputs, padded, outputs).t(), turns
+    if mora_type == "truncation":
+        heads = cycles(columns, rank, min(columns, rank)), cycles(outputs, rank, min(outputs, rank)).t()
+        return *heads, None
+    strided = mora_type in (1, "sharing", 4)
+    tiled = mora_type in (1, "sharing", 3)
+    compress = cycles(columns, rank, padded) if strided else groups(columns, rank)
+    decompress = cycles(outputs, rank, outputs) if tiled else groups(outputs, rank)
+    return compress, decompress.t(), None
+
+
+def gathered(a: Approx, related: Tensor) -> Approx:
+    """Sums of columns in fp32: a [M, C], related [outputs, C] of 0 and 1 → [M, outputs]."""
+    added = (related.sum(1) - 1.0).clamp(min=0.0)  # one term is a copy
+    gamma = added * U32 / (1.0 - added * U32)
+    size = (a.value.abs() + a.error) @ related.t()
+    squares = a.value.square() @ related.t()
+    typical = a.typical.square() @ related.t() + added * U32**2 / 3.0 * squares
+    return Approx(a.value @ related.t(), a.error @ related.t() + gamma * size, typical.sqrt())
+
+
+def rotated(a: Approx, rank: int, turns: tuple[Tensor, Tensor], inverse: bool = False) -> Approx:
+    """Each pair (j, j + r̂/2) of each block turned by its angle: a cos ∓ a' sin. Four fp32 roundings: of the
+    table, of both products, of the sum."""
+
+    def swapped(tensor: Tensor) -> Tensor:
+        return tensor.view(len(tensor), len(turns[0]) // rank, 2, rank // 2).flip(2).reshape(tensor.shape)
+
+    cos, sin = turns
+    sign = torch.ones(2, rank // 2, dtype=torch.float64)
+    sign[0] = -1.0
+    turn = sin * (sign if not inverse else -sign).flatten().repeat(len(sin) // rank)
+    one, other = a.value * cos, swapped(a.value) * turn
+    size = one.abs() + other.abs() + a.error * cos.abs() + swapped(a.error) * sin.abs()
+    error = a.error * cos.abs() + swapped(a.error) * sin.abs() + 3.0 * (1.0 + 4.0 * U32) * U32 * size
+    typical = a.typical.square() * cos.square() + swapped(a.typical).square() * sin.square()
+    typical = typical + U32**2 * (one.square() + other.square())
+    return Approx(one + other, error + 2.0 * FLUSHED, typical.sqrt())
+
+
+def mora(
+    x: Tensor,
+    matrix: Tensor,
+    mora_type: int | str,
+    outputs: int,
+    weight: Tensor | QuantizedWeight | None = None,
+    scaling: float = 1.0,
+    bias: Tensor | None = None,
+    grad: Tensor | None = None,
+) -> dict[str, Approx]:
+    """mora (no weight) and mora_linear: "y", and with grad = dL/dY also "x", "matrix", "bias" where there is
+    one, "weight" where it is dense. x [M, I], matrix [r̂, r̂], weight [O, I], bias [O], grad [M, O].
+
+    The errors of z travel to every output made of it: only as many are independent as the middle has columns.
+    """
+    dtype, compute = x.dtype, compute_dtype(x.dtype)
+    rank = matrix.shape[0]
+    compress, decompress, turns = mora_maps(x.shape[-1], outputs, rank, mora_type)
+    middle = compress.shape[0]
+
+    def rounded(a: Approx, related: Tensor) -> Approx:
+        copied = (related.sum(1) <= 1.0) & (turns is None or related is not compress)
+        b = a.rounded(dtype)  # a copy of one column needs no rounding
+        return Approx(
+            a.value, torch.where(copied, a.error, b.error), torch.where(copied, a.typical, b.typical)
+        )
+
+    def blocks(a: Approx) -> Approx:
+        count = a.value.shape[0] * middle // rank
+        return Approx(*(part.reshape(count, rank) for part in (a.value, a.error, a.typical)))
+
+    def rows(a: Approx) -> Approx:
+        return Approx(*(part.view(x.shape[0], middle) for part in (a.value, a.error, a.typical)))
+
+    def total(a: Approx, w: Approx | None, b: Approx | None, addend: Approx) -> Approx:
+        if w is None:
+            return addend.rounded(dtype)
+        y = matmul(a, w, dtype, bias=b, addend=addend)
+        if isinstance(weight, Tensor):  # torch's GEMM adds onto the addend, rounded to x's dtype
+            y = _also(y, addend.value if b is None else addend.value + b.value, dtype)
+        return y
+
+    X, W = operand(x, compute), None if weight is None else operand(weight, compute)
+    square, b = operand(matrix, compute), None if bias is None else exact(bias)
+    z = gathered(X, compress)
+    z = rounded(z if turns is None else rotated(z, rank, turns), compress)
+    v = rows(matmul(blocks(z), square, torch.float32, scaling))
+    y = total(X, W, b, gathered(v, decompress))
+    found = {"y": replace(y, count=x.shape[0] * min(middle, outputs))}
+    if grad is None:
+        return found
+
+    D = operand(grad, compute)
+    g = rounded(gathered(D, decompress.t()), decompress.t())
+    found["matrix"] = replace(
+        matmul(blocks(g).t(), blocks(z).t(), matrix.dtype, scaling),
+        count=min(rank * rank, x.shape[0] * middle),
+    )
+    v = rows(matmul(blocks(g), square.t(), torch.float32, scaling))
+    v = v if turns is None else rotated(v, rank, turns, inverse=True)
+    dx = total(D, None if W is None else W.t(), None, gathered(v, compress.t()))
+    found["x"] = replace(dx, count=x.shape[0] * min(middle, x.shape[-1]))
+    if bias is not None:
+        found["bias"] = column_sums(grad, bias.dtype)
+    if isinstance(weight, Tensor):
+        found["weight"] = matmul(D.t(), X.t(), dtype)
+    return found
+
+
+def column_sums(grad: Tensor, dtype: torch.dtype) -> Approx:
+    ones = exact(torch.ones(1, grad.shape[0], dtype=torch.float64, device=grad.device))
+    found = matmul(ones, exact(grad).t(), dtype)
+    return Approx(found.value[0], found.error[0], found.typical[0])
+
+
+# ---- merging
 
 
 def merged(weight: Tensor | QuantizedWeight, delta: Approx) -> Approx:
@@ -239,7 +399,7 @@ def check(name: str, actual: Tensor, expected: Approx, mean: bool = True) -> Non
             f"{expected.error.flatten()[where].item():.3g} ({ratio.max().item():.3g} of the bound)"
         )
     if mean:
-        limit = expected.typical.mean().item() * (1.0 + 5.0 / math.sqrt(distance.numel()))
+        limit = expected.typical.mean().item() * (1.0 + 5.0 / math.sqrt(expected.count or distance.numel()))
         assert distance.mean().item() <= limit, (
             f"{name}: mean error {distance.mean().item():.3g}, expected <= {limit:.3g}"
         )

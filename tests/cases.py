@@ -109,3 +109,101 @@ def operands(case: Case) -> Operands:
 
 def unbatched(tensor: Tensor) -> Tensor:
     return tensor if tensor.dim() == 2 else tensor.flatten(0, -2)
+
+
+MORA_TYPES = (1, 2, 3, 4, 6, "truncation", "decoupling")
+# K, N, r̂: square, ragged, wide, tall; 1 × 1; r̂ = 1; r̂ > K (pad ≥ K, and several times K); r̂ > N; both
+MORA_SHAPES = (
+    (12, 12, 4),
+    (13, 13, 5),
+    (33, 20, 6),
+    (7, 30, 4),
+    (64, 48, 10),
+    (100, 65, 16),
+    (40, 130, 34),
+    (130, 33, 64),
+    (1, 1, 1),
+    (6, 5, 1),
+    (3, 9, 4),
+    (3, 9, 8),
+    (2, 17, 7),
+    (9, 3, 8),
+    (70, 2, 18),
+    (3, 4, 16),
+    (1, 1, 2),
+)
+
+
+def mora_size(size: int, mora_type: int | str) -> int:
+    """r̂, made even for type 6."""
+    return size + size % 2 if mora_type in (6, "rotation") else size
+
+
+@dataclass(frozen=True)
+class MoraCase:
+    M: int
+    shape: tuple[int, int, int]
+    mora_type: int | str
+    scaling: float
+    dtype: torch.dtype
+    matrix_dtype: torch.dtype
+    bias_dtype: torch.dtype | None
+    quant_type: str  # "dense": no quantization, "none": no base weight
+    blocksize: int
+    double_quant: bool
+    layout: str
+    grad_layout: str
+    seed: int
+
+    @property
+    def independent(self) -> bool:
+        return "expanded" not in (self.layout, self.grad_layout)
+
+
+def mora_cases() -> st.SearchStrategy[MoraCase]:
+    return st.builds(
+        MoraCase,
+        M=st.sampled_from(ROWS),
+        shape=st.sampled_from(MORA_SHAPES),
+        mora_type=st.sampled_from(MORA_TYPES),
+        scaling=st.sampled_from((1.0, -0.75)),
+        dtype=st.sampled_from(DTYPES),
+        matrix_dtype=st.sampled_from(DTYPES),
+        bias_dtype=st.sampled_from((None, *DTYPES)),
+        quant_type=st.sampled_from(("nf4", "fp4", "dense", "none")),
+        blocksize=st.sampled_from((32, 64, 128, 4096)),
+        double_quant=st.booleans(),
+        layout=st.sampled_from(LAYOUTS),
+        grad_layout=st.sampled_from(LAYOUTS[:-1]),
+        seed=st.integers(0, 2**31),
+    )
+
+
+@dataclass
+class MoraOperands:
+    x: Tensor
+    weight: Tensor | QuantizedWeight | None
+    matrix: Tensor
+    bias: Tensor | None
+    grad: Tensor  # dY, [M, O]
+
+
+def mora_operands(case: MoraCase) -> MoraOperands:
+    torch.manual_seed(case.seed)
+    columns, outputs, size = case.shape
+    size = mora_size(size, case.mora_type)
+    weight: Tensor | QuantizedWeight | None = None
+    bias = None
+    if case.quant_type != "none":
+        weight = torch.randn(outputs, columns).to(case.dtype)
+        if case.quant_type != "dense":
+            weight = peftkern.quantize_4bit(weight, case.quant_type, case.blocksize, case.double_quant)
+        if case.bias_dtype is not None:
+            bias = torch.randn(outputs).to(case.bias_dtype).requires_grad_()
+    return MoraOperands(
+        x=laid_out(torch.randn(case.M, columns).to(case.dtype), case.layout).requires_grad_(),
+        weight=weight,
+        matrix=torch.randn(size, size).to(case.matrix_dtype).requires_grad_(),
+        bias=bias,
+        grad=laid_out(torch.randn(case.M, outputs).to(case.dtype), case.grad_layout),
+    )
