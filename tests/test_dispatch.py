@@ -131,19 +131,57 @@ def test_explain_names_the_kernel(level: str) -> None:
 def test_explain_knows_every_op() -> None:
     W = torch.randn(8, 64)
     weight = peftkern.quantize_4bit(W)
-    x = torch.randn(3, 64)
+    x, M = torch.randn(3, 64), torch.randn(6, 6)
     for told, primitives in [
         (explain("quantize_4bit", W), ["quantize"]),
         (explain("dequantize_4bit", weight), ["dequantize"]),
         (explain("linear_4bit", x, weight), ["matmul"]),
         (explain("lora_linear", x, W, torch.randn(4, 64), torch.randn(8, 4)), ["matmul_dense", "matmul"]),
+        (explain("mora", x, M, 8, 6), ["compress", "matmul"]),
+        (explain("mora_linear", x, weight, M, "rotation"), ["matmul", "compress"]),
+        (explain("mora_linear", x, W, M, 2), ["matmul_dense", "matmul", "compress"]),
+        (explain("mora_delta", M, 64, 8), []),
+        (explain("lora_delta", torch.randn(4, 64), torch.randn(8, 4)), []),
+        (explain("merge", W, W), []),
+        (explain("merge", weight, W), ["dequantize", "quantize"]),
+        (explain("merge_error", weight, W, weight), ["dequantize"]),
     ]:
         assert [choice.call.primitive for choice in told.choices] == primitives
         assert str(told).startswith(told.op)
+        for choice in told.choices:
+            assert choice.backend == ("cpu" if cpu.missing() is None else "reference")
+    assert set(dispatch.CALLS) <= set(peftkern.__all__)
     with pytest.raises(
         ValueError, match=r"op: expected one of dequantize_4bit, linear_4bit, .*, got 'softmax'"
     ):
         explain("softmax", x)
+
+
+def test_explain_names_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The primitives that a call looks up are those that explain names, in their dtypes."""
+    W, x, M = torch.randn(8, 64).bfloat16(), torch.randn(3, 64).bfloat16(), torch.randn(6, 6)
+    weight, A, B = peftkern.quantize_4bit(W), torch.randn(4, 64), torch.randn(8, 4)
+    for op, *given in [
+        (peftkern.quantize_4bit, W),
+        (peftkern.dequantize_4bit, weight),
+        (peftkern.linear_4bit, x, weight),
+        (peftkern.lora_linear, x, weight, A, B),
+        (peftkern.lora_linear, x, W, A, B, 1.0, None, 0.5),
+        (peftkern.mora, x, M, 8, 2),
+        (peftkern.mora, x, M, 8, 6),
+        (peftkern.mora_linear, x, weight, M, 1),
+        (peftkern.mora_linear, x, weight, M, 6),
+        (peftkern.mora_linear, x, W, M, "decoupling"),
+        (peftkern.mora_delta, M, 64, 8, 6),
+        (peftkern.lora_delta, A, B),
+        (peftkern.merge, weight, torch.randn(8, 64)),
+        (peftkern.merge, W, torch.randn(8, 64)),
+        (peftkern.merge_error, weight, torch.randn(8, 64), W),
+    ]:
+        monkeypatch.setattr(dispatch, "_found", {})
+        op(*given)
+        found = {Call(*key[1:]) for key in dispatch._found}
+        assert found == {choice.call for choice in explain(op, *given).choices}, op.__name__
 
 
 def test_explain_says_what_running_says(monkeypatch: pytest.MonkeyPatch) -> None:

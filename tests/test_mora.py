@@ -386,6 +386,18 @@ def test_more_than_a_kernel_takes_at_a_time(
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("K", "N", "r", "mora_type"), [(1500, 1300, 600, 1), (1300, 1500, 600, 4), (1300, 700, 1100, 6)]
+)
+def test_a_wide_middle(K: int, N: int, r: int, mora_type: int | str, dtype: torch.dtype, isa: str) -> None:
+    """More columns in a block than compress takes at a time."""
+    o, grad = make(K, N, r, 3, dtype), torch.randn(3, N).to(dtype)
+    expected = bounds.mora(o["x"], o["matrix"], mora_type, N, grad=grad)
+    for name, tensor in step(o, None, mora_type, grad).items():
+        bounds.check(name, tensor, expected[name])
+
+
 @pytest.mark.parametrize("mora_type", [6, "decoupling"])
 def test_many_small_blocks(mora_type: int | str, backend: str) -> None:
     """n = 1500 blocks of 2: angles up to 1499 radians, whose cosines fp32 arithmetic would get wrong."""

@@ -37,6 +37,15 @@ def step(o: dict[str, Tensor], weight: Tensor | QuantizedWeight, grad: Tensor) -
     return {"y": y.detach(), **dict(zip(o, found, strict=True))}
 
 
+def mora_step(
+    o: dict[str, Tensor], weight: Tensor | QuantizedWeight, grad: Tensor, mora_type: int
+) -> dict[str, Tensor]:
+    inputs = {"x": o["x"], "matrix": o["lora_A"][:, :R], "bias": o["bias"]}
+    y = peftkern.mora_linear(inputs["x"], weight, inputs["matrix"], mora_type, 0.5, inputs["bias"])
+    found = torch.autograd.grad(y, list(inputs.values()), grad)
+    return {"y": y.detach(), **dict(zip(inputs, found, strict=True))}
+
+
 def test_0_the_lines_of_use_run(capsys: pytest.CaptureFixture[str]) -> None:
     """The README's own code, as it stands there."""
     readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
@@ -87,6 +96,11 @@ def test_2_within_the_stated_bound_of_fp64(dense: bool, dtype: torch.dtype, back
         expected = bounds.linear(o["x"], weight, o["bias"], grad, o["lora_A"], o["lora_B"], 0.5)
         for name, tensor in step(o, weight, grad).items():
             bounds.check(name, tensor, expected[name])
+        for mora_type in (1, 6):
+            matrix = o["lora_A"][:, :R]
+            expected = bounds.mora(o["x"], matrix, mora_type, N, weight, 0.5, o["bias"], grad)
+            for name, tensor in mora_step(o, weight, grad, mora_type).items():
+                bounds.check(name, tensor, expected[name])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -98,10 +112,14 @@ def test_3_same_input_same_bits(dtype: torch.dtype, isa: str) -> None:
         for M in (1, 17, 70):
             o, grad = operands(dtype, M), torch.randn(M, N).to(dtype)
             first = step(o, weight, grad)
+            moras = [mora_step(o, weight, grad, mora_type) for mora_type in (1, 6)]
             for threads in (1, 2, 3):
                 torch.set_num_threads(threads)
                 for name, tensor in step(o, weight, grad).items():
                     assert torch.equal(tensor, first[name]), name
+                for mora_type, one in zip((1, 6), moras, strict=True):
+                    for name, tensor in mora_step(o, weight, grad, mora_type).items():
+                        assert torch.equal(tensor, one[name]), name
             for row in {0, M // 2, M - 1}:
                 others = torch.arange(M) != row
                 x = o["x"].detach().clone()
@@ -201,6 +219,8 @@ def test_5_no_mutation_of_an_input(dense: bool, backend: str) -> None:
     leaves, _ = torch.utils._pytree.tree_flatten((W, weight, o, grad))
     before = [(leaf.detach().clone(), leaf._version) for leaf in leaves]
     step(o, weight, grad)
+    for mora_type in (1, 6):
+        mora_step(o, weight, grad, mora_type)
     peftkern.lora_linear(o["x"], weight, o["lora_A"], o["lora_B"], 1.0, None, 0.5)
     peftkern.merge(weight, torch.randn(N, K))
     if isinstance(weight, QuantizedWeight):
