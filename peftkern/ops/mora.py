@@ -47,8 +47,8 @@ _INTEGER: tuple[type, ...] = (int, torch.SymInt)
 
 # Every product with a base decodes or streams W anew: row blocks large enough to hide that.
 _ROWS_WITH_BASE = 384
-# Without one, the scratch of a row block stays in the L2 cache.
-_SCRATCH = 1 << 20
+# Without one, the scratch of a row block, in bytes, stays in the threads' L2 caches.
+_SCRATCH = 1 << 21
 
 
 class _Plan(NamedTuple):
@@ -92,11 +92,14 @@ def _spread(row: Primitive | None, spread: Spread, outputs: int, dtype: torch.dt
     values, grouped, length = spread
     if row is None:
         return _OPS.spread(values, outputs, grouped, length, dtype)  # type: ignore[no-any-return]
-    rows = values.shape[0]
-    out = values.new_empty(rows, outputs, dtype=dtype)
-    empty = out.new_empty(rows, 0)
-    row(out, empty, out.new_empty(outputs, 0), False, 1.0, None, None, None, spread)
+    out = values.new_empty(values.shape[0], outputs, dtype=dtype)
+    _spread_into(row, out, spread)
     return out
+
+
+def _spread_into(row: Primitive, out: Tensor, spread: Spread) -> None:
+    rows, outputs = out.shape
+    row(out, out.new_empty(rows, 0), out.new_empty(outputs, 0), False, 1.0, None, None, None, spread)
 
 
 def _expand(
@@ -125,6 +128,10 @@ def _block_rows(x: Tensor, width: int, based: bool) -> int:
     return -(-rows // -(-rows // most))
 
 
+def _cut(tensor: Tensor, start: int, rows: int) -> Tensor:
+    return tensor if tensor.shape[0] == rows else tensor[start : start + rows]
+
+
 def _finish(
     row: Primitive,
     out: Tensor,
@@ -133,10 +140,9 @@ def _finish(
     transposed: bool,
     bias: Tensor | None,
     spread: Spread,
-    nothing: tuple[Tensor, Tensor],
 ) -> None:
     if weight is None:
-        row(out, nothing[0][: x.shape[0]], nothing[1], False, 1.0, None, None, bias, spread)
+        _spread_into(row, out, spread)
     else:
         base_matmul_into(row, out, x, weight, transposed, None, None, bias, spread)
 
@@ -153,18 +159,17 @@ def _blocks(
     """x Wᵀ + bias + scaling · mora(x), [M, outputs]."""
     size, out = matrix.shape[0], x.new_empty(x.shape[0], outputs)
     plan = _plan(6 if rotated else "decoupling", size, x.shape[1], outputs)
-    width = plan.blocks * size
+    width = plan.blocks * size  # P
     row, compress = find("matmul", x.device, x.dtype), find("compress", x.device, x.dtype)
     table = _rotation(size, plan.blocks, x.device) if rotated else None
     step = _block_rows(x, width, weight is not None)
     middle, values = x.new_empty(step, width), x.new_empty(step, width, dtype=torch.float32)
-    nothing = x.new_empty(step, 0), x.new_empty(outputs, 0)
     for start in range(0, x.shape[0], step):
-        X, Y = x[start : start + step], out[start : start + step]
-        a, v = middle[: X.shape[0]], values[: X.shape[0]]
+        rows = min(step, x.shape[0] - start)
+        X, a, v = _cut(x, start, rows), _cut(middle, 0, rows), _cut(values, 0, rows)
         compress(a, X, *plan.inner, table, False)
         row(v.view(-1, size), a.view(-1, size), matrix, False, scaling, None, None, None)
-        _finish(row, Y, X, weight, False, bias, (v, *plan.outer), nothing)
+        _finish(row, _cut(out, start, rows), X, weight, False, bias, (v, *plan.outer))
     return out
 
 
@@ -190,29 +195,30 @@ def _blocks_backward(
     unrotate = find("compress", dY.device, torch.float32)
     table = _rotation(size, plan.blocks, dY.device) if rotated else None
     step = _block_rows(dY, width, weight is not None and needs_x)
-    outer, inner = (dY.new_empty(step, width) for _ in range(2))
-    values, turned = (dY.new_empty(step, width, dtype=torch.float32) for _ in range(2))
-    nothing = dY.new_empty(step, 0), dY.new_empty(inputs, 0)
+    outer = dY.new_empty(step, width)
+    inner = None if x is None else torch.empty_like(outer)
+    values = torch.empty_like(outer, dtype=torch.float32) if needs_x else None
+    turned = torch.empty_like(values) if values is not None and rotated else None
     part = dM
     for start in range(0, dY.shape[0], step):
-        D = dY[start : start + step]
-        g = outer[: D.shape[0]]
+        rows = min(step, dY.shape[0] - start)
+        D, g = _cut(dY, start, rows), _cut(outer, 0, rows)
         compress(g, D, *plan.outer, None, False)
-        if x is not None:
-            a = inner[: D.shape[0]]
-            compress(a, x[start : start + step], *plan.inner, table, False)
+        if x is not None and inner is not None:
+            a = _cut(inner, 0, rows)
+            compress(a, _cut(x, start, rows), *plan.inner, table, False)
             row(part, g.view(-1, size).t(), a.view(-1, size), True, scaling, None, None, None)
             if start:
                 dM.add_(part)
             else:
                 part = torch.empty_like(dM)
-        if needs_x:
-            v = values[: D.shape[0]]
+        if values is not None:
+            v = _cut(values, 0, rows)
             row(v.view(-1, size), g.view(-1, size), matrix, True, scaling, None, None, None)
-            if table is not None:
-                unrotate(turned[: D.shape[0]], v, False, width, table, True)
-                v = turned[: D.shape[0]]
-            _finish(row, dx[start : start + step], D, weight, True, None, (v, *plan.inner), nothing)
+            if turned is not None:
+                unrotate(_cut(turned, 0, rows), v, False, width, table, True)
+                v = _cut(turned, 0, rows)
+            _finish(row, _cut(dx, start, rows), D, weight, True, None, (v, *plan.inner))
     return dx, dM
 
 
