@@ -29,7 +29,7 @@ from peftkern import dispatch
 from peftkern.backends import Call, cpu, unavailable
 from peftkern.formats import QuantizedWeight
 
-PRIMITIVES = ("matmul", "dequantize", "quantize")
+PRIMITIVES = ("matmul", "compress", "dequantize", "quantize")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PACKAGES = ("numpy", "bitsandbytes", "peft", "transformers", "triton")
 VARIABLES = re.compile(r"(PEFTKERN|OMP|KMP|GOMP|MKL|DNNL|ONEDNN)_\w+|ATEN_CPU_CAPABILITY|LD_PRELOAD")
@@ -124,6 +124,8 @@ def environment() -> dict[str, str]:
 
 # N·K is odd and K no multiple of the blocksize: packed ends in a padding nibble, and blocks straddle rows.
 M, N, K, R = 5, 33, 71, 3
+# MoRA's r̂: even, so that rows keep the sign of their output feature; Y ends inside the second of four blocks.
+SIZE = 22
 
 
 def sample(dtype: torch.dtype) -> dict[str, Any]:
@@ -135,13 +137,19 @@ def sample(dtype: torch.dtype) -> dict[str, Any]:
 
     sign = 1.0 - 2.0 * (torch.arange(N) % 2)
     w = random(N, K) * sign[:, None]
+    x, matrix = random(M, K), random(SIZE, SIZE) * sign[:SIZE, None]
+    # Turned by 0 … 1 rad, a pair (a, 0) stays positive, and so does (0, b) turned back.
+    second = torch.arange(K) % SIZE >= SIZE // 2
     return {
         "nf4": peftkern.reference.quantize_4bit(w, "nf4", 64, double_quant=True),
         "fp4": peftkern.reference.quantize_4bit(w, "fp4", 32),
         "dense": w.to(dtype),
-        "x": random(M, K).to(dtype),
+        "x": x.to(dtype),
         "lora_A": random(R, K),
         "lora_B": random(N, R) * sign[:, None],
+        "matrix": matrix,
+        "x of type 6": x.masked_fill(second, 0.0).to(dtype),
+        "matrix of type 6": matrix.masked_fill(~second[:SIZE], 0.0),
         "bias": random(N) * sign,
         "grad": (random(M, N) * sign).to(dtype),
     }
@@ -205,22 +213,28 @@ def bounded_cases(s: dict[str, Any], dtype: torch.dtype) -> Iterator[Case]:
     """Against the reference in fp64, forward and backward. Nothing cancels: every bound is a relative one.
 
     With u the unit roundoff of dtype: the roundings on the longest way (A, B, T or G, the result; one more
-    for second order) give 5 u, and fp32 sums of n terms n 2⁻²⁴.
+    for second order) give 5 u, and fp32 sums of n terms n 2⁻²⁴. MoRA has as many: M, z or g, the addend of a
+    dense W, the result.
     """
-    bound = 5 * torch.finfo(dtype).eps / 2 + (max(M, N, K) + R + 8) * 2.0**-24
-    adapter = ("x", "lora_A", "lora_B", "bias")
-    settings: tuple[tuple[str, str, tuple[str, ...], dict[str, float]], ...] = (
+    bound = 5 * torch.finfo(dtype).eps / 2 + (max(M, N, K) + max(R, SIZE) + 8) * 2.0**-24
+    lora, mora = ("x", "lora_A", "lora_B", "bias"), ("x", "matrix", "bias")
+    settings: tuple[tuple[str, str, tuple[str, ...], dict[str, Any]], ...] = (
         ("linear_4bit", "fp4", ("x", "bias"), {}),
-        ("lora_linear", "nf4", adapter, {"scaling": 0.5}),
-        ("lora_linear", "dense", adapter, {"scaling": 0.5}),
+        ("lora_linear", "nf4", lora, {"scaling": 0.5}),
+        ("lora_linear", "dense", lora, {"scaling": 0.5}),
+        ("mora_linear", "nf4", mora, {"mora_type": 1}),
+        ("mora_linear", "dense", mora, {"mora_type": 3}),
+        ("mora_linear", "fp4", mora, {"mora_type": 6}),
     )
     for op, kind, names, fixed in settings:
         fixed = {"weight": s[kind], **fixed}
-        inputs, grad = {name: s[name] for name in names}, s["grad"]
+        turned = " of type 6" if fixed.get("mora_type") == 6 else ""
+        inputs, grad = {name: s.get(name + turned, s[name]) for name in names}, s["grad"]
         exact = {name: tensor.double() for name, tensor in inputs.items()}
         expected = gradients(getattr(peftkern.reference, op), exact, grad.double(), **fixed)
         run = partial(gradients, getattr(peftkern, op), inputs, grad, **fixed)
-        yield Case(f"{op} {kind}", run, expected, bound)
+        what = f"{op} {kind}" + (f" type {fixed['mora_type']}" if "mora_type" in fixed else "")
+        yield Case(what, run, expected, bound)
 
 
 def finite(value: float) -> float | None:
@@ -267,7 +281,12 @@ def self_test() -> dict[str, Any]:
                 where = {"at": place, "dtype": name_of(dtype)}
                 rows += [where | row for case in cases for row in check(case)]
     passed = all(row["passed"] for row in rows)
-    return {"passed": passed, "seconds": time.perf_counter() - start, "shape": [M, N, K, R], "checks": rows}
+    return {
+        "passed": passed,
+        "seconds": time.perf_counter() - start,
+        "shape": [M, N, K, R, SIZE],
+        "checks": rows,
+    }
 
 
 def warnings_of(report: dict[str, Any]) -> Iterator[str]:
@@ -374,11 +393,13 @@ def sections(report: dict[str, Any]) -> Iterator[tuple[str, list[str]]]:
     yield "environment variables in force", table(variables) if variables else ["none"]
 
     test = report["self_test"]
-    m, n, k, r = test["shape"]
+    m, n, k, r, size = test["shape"]
     verdict = (
         f"{'passed' if test['passed'] else 'FAILED'}: {len(test['checks'])} checks in {test['seconds']:.2f} s"
     )
-    title = f"self-test, every op forward and backward, M={m} N={n} K={k} R={r}: relative error / bound"
+    title = (
+        f"self-test, every op forward and backward, M={m} N={n} K={k} R={r} r̂={size}: relative error / bound"
+    )
     yield title, [*table(grid_of(test, dtypes)), *failures(test), verdict]
     if report["warnings"]:
         yield "warnings", report["warnings"]

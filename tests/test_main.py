@@ -96,7 +96,7 @@ def test_the_kernels_and_levels_are_those_of_the_extension():
     assert levels["built"] == _cpu.build_info()["levels"]
     assert levels["available"] == _cpu.isa_levels()
     assert levels["active"] == _cpu.isa_levels()[-1]
-    assert set(levels["kernels"]) == {"matmul", "dequantize", "quantize"}
+    assert set(levels["kernels"]) == {"matmul", "compress", "dequantize", "quantize"}
     for row in levels["kernels"].values():
         assert set(row) == {"float32", "bfloat16", "float16"}
         assert set(row.values()) <= set(levels["available"])
@@ -119,6 +119,9 @@ def test_forward_and_every_gradient_is_checked_at_every_level():
             "linear_4bit fp4 gradient of x",
             "lora_linear nf4",
             "lora_linear dense",
+            "mora_linear nf4 type 1",
+            "mora_linear dense type 3 gradient of x",
+            "mora_linear fp4 type 6 gradient of matrix",
         ):
             assert name in names
         assert set(gradients) < set(names)
