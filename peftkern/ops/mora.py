@@ -176,17 +176,16 @@ def _blocks(
 def _blocks_backward(
     dY: Tensor,
     x: Tensor | None,
-    matrix: Tensor,
+    matrix: Tensor | None,
     weight: Weight4 | Tensor | None,
     inputs: int,
+    size: int,
     rotated: bool,
     scaling: float,
-    needs_x: bool,
 ) -> tuple[Tensor, Tensor]:
-    """dx = dY W + scaling · (mora's adjoint)(dY), and, given x, dM = scaling · Σ gᵀ a in fp32, over rows and
-    blocks; what is not asked for is empty."""
-    size = matrix.shape[0]
-    dx, dM = _blocks_backward_fake(dY, x, matrix, inputs, needs_x)
+    """Given M, dx = dY W + scaling · (mora's adjoint)(dY); given x, dM = scaling · Σ gᵀ a in fp32, over rows
+    and blocks. What is not asked for is empty."""
+    dx, dM = _blocks_backward_fake(dY, x, matrix, inputs, size)
     if not dY.shape[0]:
         return dx, dM.zero_()
     plan = _plan(6 if rotated else "decoupling", size, inputs, dY.shape[1])
@@ -194,10 +193,10 @@ def _blocks_backward(
     row, compress = find("matmul", dY.device, dY.dtype), find("compress", dY.device, dY.dtype)
     unrotate = find("compress", dY.device, torch.float32)
     table = _rotation(size, plan.blocks, dY.device) if rotated else None
-    step = _block_rows(dY, width, weight is not None and needs_x)
+    step = _block_rows(dY, width, weight is not None and matrix is not None)
     outer = dY.new_empty(step, width)
     inner = None if x is None else torch.empty_like(outer)
-    values = torch.empty_like(outer, dtype=torch.float32) if needs_x else None
+    values = None if matrix is None else torch.empty_like(outer, dtype=torch.float32)
     turned = torch.empty_like(values) if values is not None and rotated else None
     part = dM
     for start in range(0, dY.shape[0], step):
@@ -212,7 +211,7 @@ def _blocks_backward(
                 dM.add_(part)
             else:
                 part = torch.empty_like(dM)
-        if values is not None:
+        if matrix is not None and values is not None:
             v = _cut(values, 0, rows)
             row(v.view(-1, size), g.view(-1, size), matrix, True, scaling, None, None, None)
             if turned is not None:
@@ -223,10 +222,10 @@ def _blocks_backward(
 
 
 def _blocks_backward_fake(
-    dY: Tensor, x: Tensor | None, matrix: Tensor, inputs: int, needs_x: bool
+    dY: Tensor, x: Tensor | None, matrix: Tensor | None, inputs: int, size: int
 ) -> tuple[Tensor, Tensor]:
-    size = 0 if x is None else matrix.shape[0]
-    dx = dY.new_empty((dY.shape[0] if needs_x else 0, inputs))
+    size = 0 if x is None else size
+    dx = dY.new_empty((0 if matrix is None else dY.shape[0], inputs))
     return dx, dY.new_empty((size, size), dtype=torch.float32)
 
 
@@ -258,15 +257,17 @@ def _blocks_op_fake(x: Tensor, matrix: Tensor, bias: Tensor | None, *args: Any) 
     return x.new_empty((x.shape[0], args[-3]))
 
 
-def _blocks_backward_op(grad: Tensor, x: Tensor | None, matrix: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    *flat, inputs, rotated, scaling, needs_x = args
-    return _blocks_backward(grad, x, matrix, _unflat(*flat), inputs, rotated, scaling, needs_x)
+def _blocks_backward_op(
+    grad: Tensor, x: Tensor | None, matrix: Tensor | None, *args: Any
+) -> tuple[Tensor, Tensor]:
+    *flat, inputs, size, rotated, scaling = args
+    return _blocks_backward(grad, x, matrix, _unflat(*flat), inputs, size, rotated, scaling)
 
 
 def _blocks_backward_op_fake(
-    grad: Tensor, x: Tensor | None, matrix: Tensor, *args: Any
+    grad: Tensor, x: Tensor | None, matrix: Tensor | None, *args: Any
 ) -> tuple[Tensor, Tensor]:
-    return _blocks_backward_fake(grad, x, matrix, args[-4], args[-1])
+    return _blocks_backward_fake(grad, x, matrix, *args[-4:-2])
 
 
 def _compress_op(x: Tensor, columns: int, grouped: bool, length: int) -> Tensor:
@@ -307,8 +308,8 @@ register(
     _blocks_op_fake,
 )
 register(
-    f"mora_blocks_backward(Tensor grad, Tensor? x, Tensor matrix, {_WEIGHT}, SymInt inputs, bool rotated, "
-    "float scaling, bool needs_x) -> (Tensor, Tensor)",
+    f"mora_blocks_backward(Tensor grad, Tensor? x, Tensor? matrix, {_WEIGHT}, SymInt inputs, SymInt size, "
+    "bool rotated, float scaling) -> (Tensor, Tensor)",
     _blocks_backward_op,
     _blocks_backward_op_fake,
 )
@@ -359,10 +360,10 @@ def _save(
     """Only what the gradients that are asked for will read."""
     needs_x, needs_M, needs_bias, needs_W = ctx.needs_input_grad[:4]
     bias_dtype = bias.dtype if bias is not None and needs_bias else None
-    ctx.settings = spec, kind, scaling, x.shape[-1], matrix.dtype, bias_dtype
+    ctx.settings = spec, kind, scaling, x.shape[-1], matrix.shape[0], matrix.dtype, bias_dtype
     ctx.save_for_backward(
         x if needs_W or (needs_M and z is None) else None,
-        matrix if needs_x or z is None else None,
+        matrix if needs_x else None,
         z if needs_M else None,
         *((dense, *tensors) if needs_x else (None,) * 6),
     )
@@ -372,13 +373,12 @@ def _backward(ctx: Any, traced: bool, grad: Tensor) -> tuple[Any, ...]:
     """The gradients of x, matrix, bias and the dense W."""
     x, matrix, z, dense, packed, absmax, absmax2, code, offset = ctx.saved_tensors
     needs_x, needs_M, needs_bias, needs_W = ctx.needs_input_grad[:4]
-    spec, kind, scaling, inputs, matrix_dtype, bias_dtype = ctx.settings
+    spec, kind, scaling, inputs, size, matrix_dtype, bias_dtype = ctx.settings
     dY = as_rows(grad, grad.shape[-1])
     row = matmul_row(traced, dY)
     weight = dense if packed is None else weight4(packed, absmax, absmax2, code, offset, spec)
     dx = dM = dbias = dW = None
     if needs_x or needs_M:
-        size = z.shape[1] if matrix is None else matrix.shape[0]
         plan = _plan(kind, size, inputs, dY.shape[1])
         if plan.blocks == 1:
             g = _compress(traced, dY, size, plan.outer)
@@ -389,13 +389,11 @@ def _backward(ctx: Any, traced: bool, grad: Tensor) -> tuple[Any, ...]:
                 dx = _expand(row, dY, weight, True, inputs, None, (v, *plan.inner))
         else:
             rows = as_rows(x, inputs) if needs_M else None
+            settings = inputs, size, plan.rotated, scaling
             if traced:
-                flat = _flat(weight)
-                dx, dM = _OPS.mora_blocks_backward(
-                    dY, rows, matrix, *flat, inputs, plan.rotated, scaling, needs_x
-                )
+                dx, dM = _OPS.mora_blocks_backward(dY, rows, matrix, *_flat(weight), *settings)
             else:
-                dx, dM = _blocks_backward(dY, rows, matrix, weight, inputs, plan.rotated, scaling, needs_x)
+                dx, dM = _blocks_backward(dY, rows, matrix, weight, *settings)
             dx, dM = dx if needs_x else None, dM.to(matrix_dtype) if needs_M else None
     if dx is not None and grad.ndim != 2:
         dx = dx.view(*grad.shape[:-1], inputs)
@@ -426,13 +424,14 @@ class _MoraLinear(torch.autograd.Function):
     ) -> Tensor:
         weight: Any = dense if quantized is None else quantized.kernel_args
         y, z = _forward(False, x, matrix, bias, weight, outputs, kind, scaling)
+        ctx.op = "mora" if weight is None else "mora_linear"
         tensors, spec = (_NO_TENSORS, None) if quantized is None else flatten_weight(quantized)
         _save(ctx, x, matrix, bias, dense, tensors, spec, kind, scaling, z)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        no_double_backward(ctx, grad, "mora_linear")
+        no_double_backward(ctx, grad, ctx.op)
         return *_backward(ctx, not is_direct(grad), grad), None, None, None, None
 
 
