@@ -111,7 +111,7 @@ def matmul(
         out = x.to(dtype) @ (w if transposed else w.t())
         if t is not None and u is not None:
             out = out + t.to(dtype) @ u.to(dtype).t()
-        out = out * alpha
+        out = out * float(alpha)  # of any size: an int past 64 bits too
         if bias is not None:
             out = out + bias.to(dtype)
         if spread is not None:

@@ -201,16 +201,22 @@ def test_delta(shape: tuple[int, int, int], mora_type: int | str, dtype: torch.d
 
 @TYPES
 @SHAPES
-def test_delta_is_what_forward_applies(
-    shape: tuple[int, int, int], mora_type: int | str, backend: str
-) -> None:
-    """mora of the identity's rows: ΔWᵀ, to the bit where no cosine is involved."""
+def test_delta_is_what_is_applied(shape: tuple[int, int, int], mora_type: int | str, backend: str) -> None:
+    """To the identity's rows forward, ΔWᵀ, and backward, ΔW: to the bit where no cosine is involved."""
     K, N, _ = shape
-    M = square(shape, mora_type, whole=True)
-    y = mora(torch.eye(K), M, N, mora_type)
-    bounds.check("y", y, bounds.mora(torch.eye(K), M, mora_type, N)["y"], mean=False)
+    M, x, grad = square(shape, mora_type, whole=True).requires_grad_(), torch.eye(K), torch.eye(N)
+    y = mora(x, M, N, mora_type)
+    bounds.check("y", y, bounds.mora(x, M, mora_type, N)["y"], mean=False)
+    x = torch.zeros(N, K, requires_grad=True)
+    (dx,) = torch.autograd.grad(mora(x, M, N, mora_type), x, grad)
+    bounds.check("x", dx, bounds.mora(x, M, mora_type, N, grad=grad)["x"], mean=False)
     if mora_type != 6:
-        assert torch.equal(y, mora_delta(M, K, N, mora_type).t())
+        delta = mora_delta(M, K, N, mora_type)
+        assert torch.equal(y, delta.t())
+        assert torch.equal(dx, delta)
+    x, grad = torch.randn(3, K), torch.randn(3, N)
+    (dM,) = torch.autograd.grad(mora(x, M, N, mora_type), M, grad)
+    bounds.check("matrix", dM, bounds.mora(x, M, mora_type, N, grad=grad)["matrix"])
 
 
 @TYPES
@@ -388,10 +394,11 @@ def test_more_than_a_kernel_takes_at_a_time(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("K", "N", "r", "mora_type"), [(1500, 1300, 600, 1), (1300, 1500, 600, 4), (1300, 700, 1100, 6)]
+    ("K", "N", "r", "mora_type"),
+    [(1500, 1300, 600, 1), (1300, 1500, 600, 4), (1300, 700, 1100, 6), (100, 130, 700, 1), (150, 90, 600, 6)],
 )
 def test_a_wide_middle(K: int, N: int, r: int, mora_type: int | str, dtype: torch.dtype, isa: str) -> None:
-    """More columns in a block than compress takes at a time."""
+    """More columns in a block than compress takes at a time, with x repeated within them or not."""
     o, grad = make(K, N, r, 3, dtype), torch.randn(3, N).to(dtype)
     expected = bounds.mora(o["x"], o["matrix"], mora_type, N, grad=grad)
     for name, tensor in step(o, None, mora_type, grad).items():
@@ -471,6 +478,19 @@ def test_no_rows_and_batches(kind: str, mora_type: int | str, backend: str) -> N
             0
         ],
     )
+
+
+@TYPES
+@pytest.mark.parametrize("kind", ["dense", "none"])
+@pytest.mark.parametrize(("K", "N"), [(0, 5), (5, 0), (0, 0)])
+def test_no_columns(K: int, N: int, kind: str, mora_type: int | str, backend: str) -> None:
+    """Without inputs the bias alone, without outputs nothing; zero gradients, not NaN."""
+    o = make(K, N, 4)
+    found = step(o, base(kind, N, K), mora_type, torch.randn(6, N))
+    assert torch.equal(found["y"], (o["bias"] if kind == "dense" else torch.zeros(N)).expand(6, N))
+    assert mora_delta(o["matrix"], K, N, mora_type).shape == (N, K)
+    assert torch.equal(found["x"], torch.zeros(6, K))
+    assert torch.equal(found["matrix"], torch.zeros(4, 4))
 
 
 @pytest.mark.parametrize("wanted", ["x", "matrix", "bias"])
