@@ -112,7 +112,8 @@ def unbatched(tensor: Tensor) -> Tensor:
 
 
 MORA_TYPES = (1, 2, 3, 4, 6, "truncation", "decoupling")
-# K, N, r̂: square, ragged, wide, tall; 1 × 1; r̂ = 1; r̂ > K (pad ≥ K, and several times K); r̂ > N; both
+# K, N, r̂: square, ragged, wide, tall; groups of several vectors; 1 × 1; r̂ = 1; r̂ > K (pad ≥ K, and several
+# times K); r̂ > N; both
 MORA_SHAPES = (
     (12, 12, 4),
     (13, 13, 5),
@@ -122,6 +123,7 @@ MORA_SHAPES = (
     (100, 65, 16),
     (40, 130, 34),
     (130, 33, 64),
+    (40, 1000, 3),
     (1, 1, 1),
     (6, 5, 1),
     (3, 9, 4),

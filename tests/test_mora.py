@@ -97,15 +97,16 @@ def square(shape: tuple[int, int, int], mora_type: int | str, whole: bool = Fals
 def test_the_entries_are_those_of_the_papers_code(shape: tuple[int, int, int]) -> None:
     """Where the original runs (r̂ <= K), its closed forms with one wrap; truncation's is that of any shape."""
     K, N, r = shape
-    M = torch.randn(r, r, dtype=torch.float64)
+    matrix = torch.randn(r, r, dtype=torch.float64)
     pad = -(-K // r) * r - K
-    sharing, truncation = entries(M, K, N, 1), entries(M, K, N, "truncation")
+    sharing, truncation = (entries(matrix, K, N, kind).tolist() for kind in (1, "truncation"))
+    M = matrix.tolist()
     for i in range(N):
         for j in range(K):
             if r <= K:
-                wrapped = M[i % r, (K + j) % r] if j < pad else 0.0
-                assert sharing[i, j] == M[i % r, j % r] + wrapped
-            assert truncation[i, j] == (M[i, j] if i < r and j < r else 0.0)
+                wrapped = M[i % r][(K + j) % r] if j < pad else 0.0
+                assert sharing[i][j] == M[i % r][j % r] + wrapped
+            assert truncation[i][j] == (M[i][j] if i < r and j < r else 0.0)
 
 
 @TYPES
@@ -348,6 +349,7 @@ def step(
     [
         (300, 192, 330, 70, 1),
         (300, 330, 192, 70, 2),
+        (40, 300, 500, 3, 2),
         (150, 449, 704, 33, 3),
         (150, 704, 449, 129, 4),
         (800, 200, 330, 32, 6),
