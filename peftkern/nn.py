@@ -458,7 +458,8 @@ def remora_merge_(layer: MoRALinear, types: Sequence[int] = (1, 2, 3, 4)) -> Non
         raise TypeError(f"layer: expected a MoRALinear, got {type(layer).__name__}")
     if not isinstance(types, Sequence):
         raise TypeError(f"types: expected a sequence, got {type(types).__name__}")
-    if any(kind not in (1, 2, 3, 4) or types.count(kind) > 1 for kind in types):
+    # True == 1 and 1.0 == 1, but neither names a type
+    if any(type(kind) is not int or kind not in (1, 2, 3, 4) or types.count(kind) > 1 for kind in types):
         raise ValueError(f"types: expected different ones of 1, 2, 3, 4, got {types!r}")
     layer.absorb()
     if layer.mora_type in types:

@@ -310,6 +310,7 @@ def test_remoras_types() -> None:
     for types, error, message in (
         ((1, 6), ValueError, "types: expected different ones of 1, 2, 3, 4, got"),
         ((1, 1), ValueError, "types: expected different ones of 1, 2, 3, 4, got"),
+        ((2, True), ValueError, "types: expected different ones of 1, 2, 3, 4, got"),
         (3, TypeError, "types: expected a sequence, got int"),
     ):
         module = layer("dense")
