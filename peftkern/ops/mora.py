@@ -47,7 +47,7 @@ _INTEGER: tuple[type, ...] = (int, torch.SymInt)
 
 # Every product with a base decodes or streams W anew: row blocks large enough to hide that.
 _ROWS_WITH_BASE = 384
-# Without one, the scratch of a row block, in bytes, stays in the threads' L2 caches.
+# What is made of some rows and used at once, in bytes: it stays in the threads' L2 caches.
 _SCRATCH = 1 << 21
 
 
@@ -120,12 +120,18 @@ def _expand(
 # ---- several blocks (type 6, decoupling): the middle is as wide as x, so it is made for some rows at a time
 
 
-def _block_rows(x: Tensor, width: int, based: bool) -> int:
-    """Rows of a row block; x's shape and dtype alone decide, so that the sums over blocks have the same bits
-    for any number of threads."""
-    most = _ROWS_WITH_BASE if based else max(1, _SCRATCH // (width * (x.element_size() + 4)))
-    rows = max(1, x.shape[0])
+def _split(rows: int, most: int) -> int:
+    """The size of as few equal parts as there can be."""
     return -(-rows // -(-rows // most))
+
+
+def _block_rows(x: Tensor, width: int, based: bool) -> tuple[int, int]:
+    """Rows of a row block, for the product with the base, and of a part of it, for what is before that. x's
+    shape and dtype alone decide, so that dM's sum over parts has the same bits for any number of threads."""
+    rows = max(1, x.shape[0])
+    most = max(1, _SCRATCH // (width * (x.element_size() + 4)))
+    step = _split(rows, _ROWS_WITH_BASE if based else most)
+    return step, _split(step, most)
 
 
 def _cut(tensor: Tensor, start: int, rows: int) -> Tensor:
@@ -162,14 +168,17 @@ def _blocks(
     width = plan.blocks * size  # P
     row, compress = find("matmul", x.device, x.dtype), find("compress", x.device, x.dtype)
     table = _rotation(size, plan.blocks, x.device) if rotated else None
-    step = _block_rows(x, width, weight is not None)
-    middle, values = x.new_empty(step, width), x.new_empty(step, width, dtype=torch.float32)
+    step, part = _block_rows(x, width, weight is not None)
+    middle, values = x.new_empty(part, width), x.new_empty(step, width, dtype=torch.float32)
     for start in range(0, x.shape[0], step):
         rows = min(step, x.shape[0] - start)
-        X, a, v = _cut(x, start, rows), _cut(middle, 0, rows), _cut(values, 0, rows)
-        compress(a, X, *plan.inner, table, False)
-        row(v.view(-1, size), a.view(-1, size), matrix, False, scaling, None, None, None)
-        _finish(row, _cut(out, start, rows), X, weight, False, bias, (v, *plan.outer))
+        X, V = _cut(x, start, rows), _cut(values, 0, rows)
+        for at in range(0, rows, part):
+            some = min(part, rows - at)
+            a, v = _cut(middle, 0, some), _cut(V, at, some)
+            compress(a, _cut(X, at, some), *plan.inner, table, False)
+            row(v.view(-1, size), a.view(-1, size), matrix, False, scaling, None, None, None)
+        _finish(row, _cut(out, start, rows), X, weight, False, bias, (V, *plan.outer))
     return out
 
 
@@ -193,31 +202,35 @@ def _blocks_backward(
     row, compress = find("matmul", dY.device, dY.dtype), find("compress", dY.device, dY.dtype)
     unrotate = find("compress", dY.device, torch.float32)
     table = _rotation(size, plan.blocks, dY.device) if rotated else None
-    step = _block_rows(dY, width, weight is not None and matrix is not None)
-    outer = dY.new_empty(step, width)
+    step, part = _block_rows(dY, width, weight is not None and matrix is not None)
+    outer = dY.new_empty(part, width)
     inner = None if x is None else torch.empty_like(outer)
-    values = None if matrix is None else torch.empty_like(outer, dtype=torch.float32)
-    turned = torch.empty_like(values) if values is not None and rotated else None
-    part = dM
+    values = None if matrix is None else dY.new_empty(step, width, dtype=torch.float32)
+    turned = None if matrix is None or table is None else torch.empty_like(outer, dtype=torch.float32)
+    term = dM
     for start in range(0, dY.shape[0], step):
         rows = min(step, dY.shape[0] - start)
-        D, g = _cut(dY, start, rows), _cut(outer, 0, rows)
-        compress(g, D, *plan.outer, None, False)
-        if x is not None and inner is not None:
-            a = _cut(inner, 0, rows)
-            compress(a, _cut(x, start, rows), *plan.inner, table, False)
-            row(part, g.view(-1, size).t(), a.view(-1, size), True, scaling, None, None, None)
-            if start:
-                dM.add_(part)
-            else:
-                part = torch.empty_like(dM)
-        if matrix is not None and values is not None:
-            v = _cut(values, 0, rows)
-            row(v.view(-1, size), g.view(-1, size), matrix, True, scaling, None, None, None)
-            if turned is not None:
-                unrotate(_cut(turned, 0, rows), v, False, width, table, True)
-                v = _cut(turned, 0, rows)
-            _finish(row, _cut(dx, start, rows), D, weight, True, None, (v, *plan.inner))
+        for at in range(start, start + rows, part):
+            some = min(part, start + rows - at)
+            g = _cut(outer, 0, some)
+            compress(g, _cut(dY, at, some), *plan.outer, None, False)
+            if x is not None and inner is not None:
+                a = _cut(inner, 0, some)
+                compress(a, _cut(x, at, some), *plan.inner, table, False)
+                row(term, g.view(-1, size).t(), a.view(-1, size), True, scaling, None, None, None)
+                if at:
+                    dM.add_(term)
+                else:
+                    term = torch.empty_like(dM)
+            if matrix is not None and values is not None:
+                v = _cut(values, at - start, some)
+                u = v if turned is None else _cut(turned, 0, some)
+                row(u.view(-1, size), g.view(-1, size), matrix, True, scaling, None, None, None)
+                if turned is not None:
+                    unrotate(v, u, False, width, table, True)
+        if values is not None:
+            D, V = _cut(dY, start, rows), _cut(values, 0, rows)
+            _finish(row, _cut(dx, start, rows), D, weight, True, None, (V, *plan.inner))
     return dx, dM
 
 
