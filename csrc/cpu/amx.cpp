@@ -171,8 +171,8 @@ inline int thin_threads(const MatmulParams& p) {
 inline void write_sums(const MatmulParams& p, int64_t m0, int64_t rows, int64_t o0, int64_t outputs,
                        const float* c, int64_t stride) {
   Epilogue epilogue(p);
-  alignas(64) float bias[128];
-  epilogue.begin(o0, outputs, bias);
+  Epilogue::Columns<128> columns;
+  epilogue.begin(o0, outputs, columns);
   for (int64_t m = 0; m < rows; ++m, c += stride) epilogue.write(m0 + m, o0, outputs, c);
 }
 
@@ -734,7 +734,7 @@ class Pipeline {
           rest.nx = nx;
           rest.w0 = w0;
           rest.x0 = x0;
-          if (last && x0 == 0 && w0 == 0) epilogue.begin(panel * l.width, outputs, bias);
+          if (last && x0 == 0 && w0 == 0) epilogue.begin(panel * l.width, outputs, columns);
           rest.o0 = panel * l.width;
           rest.outputs = outputs;
           rest.c = sums + (w0 * l.x_tiles + x0) * kSums;
@@ -863,7 +863,7 @@ class Pipeline {
     Bf16* w_packed[2];
     float *sums, *part, *rows_out, *scales;
     Epilogue epilogue;
-    alignas(64) float bias[kMaxWidth];  // of the panel that is being written out
+    Epilogue::Columns<kMaxWidth> columns;  // of the panel that is being written out
     Job job;
     Rest rest;
     int64_t due = 0, all_steps = 1;

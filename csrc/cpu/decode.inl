@@ -18,7 +18,7 @@ template <class T>
 inline T max_of(T a, T b) {
   return a < b ? b : a;
 }
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 // `wide` columns in `count` groups of neighbours, the first wide % count of them one longer than the others.

@@ -1,12 +1,14 @@
 // What becomes of a matmul's sums: out[m, o] = alpha * sum + bias[o] + spread(m, o), one rounding to out's dtype.
 //
-// Every kernel writes its output through this class, some columns of one row at a time. The spread is walked in runs
-// of neighbouring columns: where a cyclic run is long it is added from where it lies; short ones, groups and columns
-// with several addends are laid out in a buffer in L1 first.
+// Every kernel writes its output through this class, some columns of one row at a time. A cyclic spread is walked in
+// runs of neighbours: a long one is added from where it lies, short ones and columns with several addends are laid out
+// in L1 first. Of a grouped one, a vector of outputs takes its lanes from one vector of values.
 //
 // Without a contraction (run_epilogue) this is all there is to do: it writes out once and reads values once, which
 // stay in L1 while their row is written; the floor is writing out.
 #pragma once
+
+#include <type_traits>
 
 #include "cpu/decode.inl"
 
@@ -14,31 +16,77 @@ namespace peftkern::PEFTKERN_ISA {
 namespace {
 
 class Epilogue {
- public:
-  explicit Epilogue(const MatmulParams& params)
-      : p(params), groups(p.outputs, max_of<int64_t>(1, p.spread.columns)) {}
+  static constexpr int kWidth = Vec::kWidth;
 
-  // Before outputs o0 … o0 + n are written. buffer [n] is for their bias, unless that can be read where it lies.
-  void begin(int64_t o0, int64_t n, float* buffer) {
+ public:
+  explicit Epilogue(const MatmulParams& params) : p(params) {}
+
+  // What the rows of some neighbouring outputs share: their bias in fp32; for a grouped spread, where every
+  // vector's groups start and which of them each lane takes.
+  template <int64_t kMost>
+  struct Columns {
+    alignas(64) float bias[kMost];
+    alignas(64) int32_t lanes[kMost];
+    int64_t groups[ceil_div(kMost, kWidth)];
+  };
+
+  // Before outputs o0 … o0 + n ≤ kMost are written.
+  template <int64_t kMost>
+  void begin(int64_t o0, int64_t n, Columns<kMost>& columns) {
     first = o0;
-    if (!p.bias.data) return;
-    if (p.bias.dtype == DType::f32 && p.bias.stride1 == 1) {
+    if (p.bias.data && p.bias.dtype == DType::f32 && p.bias.stride1 == 1) {
       bias = static_cast<const float*>(p.bias.data) + o0;
-    } else {
-      read_row(p.bias, 0, o0, n, buffer);
-      bias = buffer;
+    } else if (p.bias.data) {
+      read_row(p.bias, 0, o0, n, columns.bias);
+      bias = columns.bias;
     }
+    if (!p.spread.values.data || !p.spread.grouped) return;
+    const Groups grouping(p.outputs, p.spread.columns);
+    const int64_t last = max_of<int64_t>(0, p.spread.columns - kWidth);  // where the last whole vector starts
+    int64_t g = grouping.of(o0), end = grouping.begin(g + 1) - o0;
+    for (int64_t i = 0; i < n; i += kWidth) {
+      const int64_t stop = min_of(i + kWidth, n);
+      while (end <= i) end = grouping.begin(++g + 1) - o0;
+      const int64_t from = min_of(g, last);
+      columns.groups[i / kWidth] = from;
+      for (int64_t j = i; j < stop;) {
+        for (const int64_t until = min_of(end, stop); j < until; ++j)
+          columns.lanes[j] = static_cast<int32_t>(g - from);
+        if (j < stop) end = grouping.begin(++g + 1) - o0;
+      }
+      for (int64_t j = stop; j < i + kWidth; ++j) columns.lanes[j] = 0;
+    }
+    lanes = columns.lanes;
+    groups = columns.groups;
   }
 
-  // out[m, o … o + n) from sums [n]; nullptr for sums of nothing
+  // The lines of out that will be written, while the sums are being made.
+  void prefetch(int64_t m, int64_t rows, int64_t o, int64_t n) const {
+    const int64_t size = p.out.dtype == DType::f32 ? 4 : 2;
+    if (p.out.stride1 != 1) return;
+    for (int64_t r = m; r < m + rows; ++r)
+      prefetch_bytes(p.out.data, (r * p.out.stride0 + o) * size, n * size);
+  }
+
+  // out[m, o … o + n) from sums [n], nullptr for sums of nothing; o - o0 is a multiple of a vector.
   void write(int64_t m, int64_t o, int64_t n, const float* sums) const {
-    if (!p.spread.values.data) return write_part(m, o, n, sums, nullptr);
-    alignas(64) float buffer[kBuffer + Vec::kWidth];
-    for (int64_t count; n > 0; n -= count, o += count) {
-      count = n;
-      const float* added = addends(m, o, count, buffer);
-      write_part(m, o, count, sums, added);
-      if (sums) sums += count;
+    const int64_t at = m * p.out.stride0 + o * p.out.stride1;
+    if (p.out.stride1 != 1) {
+      alignas(64) float row[kBuffer];
+      for (int64_t i = 0; i < n; i += kBuffer) {
+        const int64_t count = min_of(kBuffer, n - i);
+        write_to(row, m, o + i, count, sums ? sums + i : nullptr);
+        write_row(p.out, m, o + i, row, count);
+      }
+      return;
+    }
+    switch (p.out.dtype) {
+      case DType::f32:
+        return write_to(static_cast<float*>(p.out.data) + at, m, o, n, sums);
+      case DType::bf16:
+        return write_to(static_cast<Bf16*>(p.out.data) + at, m, o, n, sums);
+      case DType::f16:
+        return write_to(static_cast<F16*>(p.out.data) + at, m, o, n, sums);
     }
   }
 
@@ -46,40 +94,57 @@ class Epilogue {
   static constexpr int64_t kBuffer = 256;
   static constexpr int64_t kLong = 64;  // a run that is worth a pass of its own
 
-  // spread(m, o) and those after it: n in, at least 1; as many as the result holds out. nullptr: all are zero.
-  const float* addends(int64_t m, int64_t o, int64_t& n, float* buffer) const {
+  struct Nothing {};
+  struct Run {
+    const float* values;
+    Vec operator()(int64_t i) const { return load(values + i); }
+    Vec operator()(int64_t i, int n) const { return load_n(values + i, n); }
+  };
+  struct Lanes {
+    const float* values;
+    int64_t columns;
+    const int32_t* lanes;
+    const int64_t* groups;
+    __attribute__((always_inline)) Vec operator()(int64_t i) const {
+      const Vec from = columns < kWidth ? load_n(values, static_cast<int>(columns))
+                                        : load(values + groups[static_cast<uint64_t>(i) / kWidth]);
+      return permute(from, lanes + i);
+    }
+    Vec operator()(int64_t i, int) const { return (*this)(i); }
+  };
+
+  template <class T>
+  void write_to(T* out, int64_t m, int64_t o, int64_t n, const float* sums) const {
     const Spread& s = p.spread;
+    const float* b = bias ? bias + (o - first) : nullptr;
+    if (!s.values.data) return finish(out, n, sums, b, Nothing());
     const float* values = static_cast<const float*>(s.values.data) + m * s.values.stride0;
     if (s.grouped) {
-      n = min_of(n, kBuffer);
-      lay_out_groups(values, o, n, buffer);
-      return buffer;
+      const Lanes taken = {values, s.columns, lanes + (o - first), groups + (o - first) / kWidth};
+      return finish(out, n, sums, b, taken);
     }
-    if (o >= s.length) return nullptr;
-    if (o + p.outputs >= s.length) {
-      const int64_t q = o % s.columns;
-      const int64_t run = min_of(min_of(n, s.length - o), s.columns - q);
-      if (run == n || run >= kLong) {
-        n = run;
-        return values + q;
+    alignas(64) float buffer[kBuffer];
+    int64_t q = o % s.columns;
+    for (int64_t i = 0, count; i < n; i += count) {
+      const int64_t at = o + i, left = n - i;
+      const float* more = sums ? sums + i : nullptr;
+      const float* more_bias = b ? b + i : nullptr;
+      if (at >= s.length) return finish(out + i, left, more, more_bias, Nothing());
+      count = min_of(min_of(left, s.length - at), s.columns - q);
+      if (at + p.outputs >= s.length &&
+          (count == left || count >= kLong)) {  // one addend each, where they lie
+        finish(out + i, count, more, more_bias, Run{values + q});
+      } else {
+        count = min_of(left, kBuffer);
+        lay_out(values, at, count, buffer);
+        finish(out + i, count, more, more_bias, Run{buffer});
       }
-    }
-    n = min_of(n, kBuffer);
-    lay_out_cycles(values, o, n, buffer);
-    return buffer;
-  }
-
-  void lay_out_groups(const float* values, int64_t o, int64_t n, float* out) const {
-    int64_t g = groups.of(o);
-    for (int64_t i = 0; i < n; ++g) {
-      const int64_t end = min_of(groups.begin(g + 1) - o, n);
-      const Vec value = set1(values[g]);
-      for (; i < end; i += Vec::kWidth) store(out + i, value);  // the next group overwrites what is too much
-      i = end;
+      q = (q + count) % s.columns;
     }
   }
 
-  void lay_out_cycles(const float* values, int64_t o, int64_t n, float* out) const {
+  // out[j] = spread(m, o + j), j < n
+  void lay_out(const float* values, int64_t o, int64_t n, float* out) const {
     const Spread& s = p.spread;
     // The first addend of each: one period, then copies of it.
     const int64_t count = min_of(n, s.length - o);
@@ -105,82 +170,63 @@ class Epilogue {
     }
   }
 
-  void write_part(int64_t m, int64_t o, int64_t n, const float* sums, const float* added) const {
-    const float* b = bias ? bias + (o - first) : nullptr;
-    const int64_t at = m * p.out.stride0 + o * p.out.stride1;
-    if (p.out.stride1 != 1) {
-      alignas(64) float row[kBuffer];
-      for (int64_t i = 0; i < n; i += kBuffer) {
-        const int64_t count = min_of(kBuffer, n - i);
-        finish(sums ? sums + i : nullptr, b ? b + i : nullptr, added ? added + i : nullptr, count, row);
-        write_row(p.out, m, o + i, row, count);
-      }
-      return;
-    }
-    switch (p.out.dtype) {
-      case DType::f32:
-        return finish(sums, b, added, n, static_cast<float*>(p.out.data) + at);
-      case DType::bf16:
-        return finish(sums, b, added, n, static_cast<Bf16*>(p.out.data) + at);
-      case DType::f16:
-        return finish(sums, b, added, n, static_cast<F16*>(p.out.data) + at);
-    }
+  template <class T, class Added>
+  void finish(T* out, int64_t n, const float* sums, const float* b, const Added& added) const {
+    sums ? finish<true>(out, n, sums, b, added) : finish<false>(out, n, sums, b, added);
   }
 
-  template <class T>
-  void finish(const float* sums, const float* b, const float* added, int64_t n, T* out) const {
-    if (sums) {
-      added ? finish<true, true>(sums, b, added, n, out) : finish<true, false>(sums, b, added, n, out);
-    } else {
-      added ? finish<false, true>(sums, b, added, n, out) : finish<false, false>(sums, b, added, n, out);
-    }
-  }
-
-  template <bool kSums, bool kAdded, class T>
-  void finish(const float* sums, const float* b, const float* added, int64_t n, T* out) const {
-    constexpr int kWidth = Vec::kWidth;
+  template <bool kSums, class T, class Added>
+  void finish(T* out, int64_t n, const float* sums, const float* b, const Added& added) const {
+    constexpr bool kAdded = !std::is_same_v<Added, Nothing>;
     const Vec alpha = set1(p.alpha);
-    const auto value = [&](int64_t i, auto read) {
+    // `some`: nothing, or how many elements there are
+    const auto value = [&](int64_t i, auto... some) {
+      const auto read = [&](const float* from) {
+        if constexpr (sizeof...(some)) {
+          return load_n(from, some...);
+        } else {
+          return load(from);
+        }
+      };
       Vec y = zero();
-      if (kSums) y = mul(read(sums + i), alpha);
-      if (b) y = add(y, read(b + i));
-      if (kAdded) y = b || kSums ? add(y, read(added + i)) : read(added + i);
+      if constexpr (kSums) y = mul(read(sums + i), alpha);
+      if (b) y = kSums ? add(y, read(b + i)) : read(b + i);
+      if constexpr (kAdded) y = kSums || b ? add(y, added(i, some...)) : added(i, some...);
       return y;
     };
-    const auto whole = [](const float* from) { return load(from); };
     int64_t i = 0;
-    for (; i + 2 * kWidth <= n; i += 2 * kWidth) store_2(out + i, value(i, whole), value(i + kWidth, whole));
+    for (; i + 2 * kWidth <= n; i += 2 * kWidth) store_2(out + i, value(i), value(i + kWidth));
     for (; i < n; i += kWidth) {
       const int left = static_cast<int>(min_of<int64_t>(kWidth, n - i));
-      const Vec y = value(i, [left](const float* from) { return load_n(from, left); });
-      store_n(out + i, y, left);
+      store_n(out + i, value(i, left), left);
     }
   }
 
   const MatmulParams& p;
-  const Groups groups;
   const float* bias = nullptr;
+  const int32_t* lanes = nullptr;
+  const int64_t* groups = nullptr;
   int64_t first = 0;
 };
 
 inline bool epilogue_alone(const MatmulParams& p) { return p.inner == 0 && p.rank == 0; }
 
-// A task is a few rows, or a part of one when there are too few of them to share out.
+// A task is some rows, or a part of one when there are too few of them to share out.
 inline void run_epilogue(const MatmulParams& p) {
-  constexpr int64_t kColumns = 2048, kTask = 1 << 14, kSerial = 1 << 16;
+  constexpr int64_t kColumns = 2048, kSerial = 1 << 16, kRows = 64;
   const int threads = p.rows * p.outputs < kSerial ? 1 : p.threads;
-  const int64_t task_rows = min_of(p.rows, max_of<int64_t>(1, kTask / p.outputs));
+  const int64_t task_rows = min_of(kRows, ceil_div(p.rows, threads == 1 ? 1 : 8 * threads));
   const int64_t blocks = ceil_div(p.rows, task_rows);
   const int64_t parts = ceil_div(p.outputs, kColumns);
   const int64_t splits = blocks >= 4 * threads ? 1 : parts;  // tasks along the columns
   parallel_tasks(threads, blocks * splits, [&](int, int64_t task) {
     Epilogue epilogue(p);
-    alignas(64) float bias[kColumns];
+    Epilogue::Columns<kColumns> columns;
     const int64_t m0 = task / splits * task_rows, m1 = min_of(m0 + task_rows, p.rows);
     const int64_t split = task % splits;
     for (int64_t part = parts * split / splits; part < parts * (split + 1) / splits; ++part) {
       const int64_t o0 = part * kColumns, outputs = min_of(kColumns, p.outputs - o0);
-      epilogue.begin(o0, outputs, bias);
+      epilogue.begin(o0, outputs, columns);
       for (int64_t m = m0; m < m1; ++m) epilogue.write(m, o0, outputs, nullptr);
     }
   });

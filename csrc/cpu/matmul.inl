@@ -3,9 +3,9 @@
 // One blocked algorithm for every ISA, dtype and direction. A kernel type K multiplies
 //     C[i, j] += sum_p A[i, p] B[p, j]        A: rows, each with its contraction contiguous
 //                                             B: kPair-interleaved rows, [p / kPair][j][kPair]
-// and the two directions only choose which side the weight stands on:
-//     plain        A = rows o of W,  B = x packed once per call,  C = outᵀ      the decoded W stays row-major
-//     transposed   A = rows m of x,  B = W's rows c in pairs,     C = out
+// and the weight stands on one side or the other:
+//     4-bit, plain   A = rows o of W,  B = x packed once per call,  C = outᵀ      the decoded W stays row-major
+//     else           A = rows m of x,  B = W's columns c in pairs,  C = out       x is read where it lies, if it can be
 // The addend is a last chunk of the contraction (x continues with t, W with u), so it costs rank / inner and
 // no pass over out. W is decoded one panel at a time into a buffer that fits the L2 cache and serves every
 // row of x; nothing of it outlives the call.
@@ -35,6 +35,7 @@ struct Segment {
   int64_t length;
   int64_t padded;
   int64_t depth;  // of a chunk: at most K::kDepth, as even as may be
+  bool in_place;  // A is x itself, not a packed copy
 };
 
 template <class K>
@@ -51,21 +52,27 @@ class Matmul {
       : p(params), table(code_registers(code_table(p.weight4.quant_type))) {
     const bool four_bit = p.weight4.packed != nullptr;
     const bool reordered = four_bit && K::reorders(p);
-    const int64_t align = p.transposed ? K::kAlignTransposed : (reordered ? K::kGroup : K::kAlignPlain);
+    x_rows = p.transposed || !four_bit;
+    const int64_t align = x_rows ? K::kAlignTransposed : (reordered ? K::kGroup : K::kAlignPlain);
     const Matrix dense = p.transposed ? transposed(p.dense) : p.dense;
     segments[0] = segment(p.x, dense, four_bit, reordered, p.inner, align);
-    const int64_t align_u = p.transposed ? K::kAlignTransposed : K::kAlignPlain;
+    const int64_t align_u = x_rows ? K::kAlignTransposed : K::kAlignPlain;
     segments[1] = segment(p.t, p.u, false, false, p.rank, align_u);
-    row_split = p.transposed ? K::kRowSplitTransposed : K::kRowSplit;
+    in_place = true;
+    for (Segment& s : segments) {
+      s.in_place = x_rows && !four_bit && readable(s);
+      in_place &= s.in_place;
+    }
+    row_split = x_rows ? K::kRowSplitTransposed : K::kRowSplit;
     // As even as the tiles allow: 512 rows are 288 + 224, not 384 + 128.
     const int64_t blocks = ceil_div(p.rows, K::kMaxRows);
     block_rows = blocks == 1 ? p.rows : round_up(ceil_div(p.rows, blocks), K::kRowSplit);
-    block_pad = p.transposed ? block_rows : round_up(block_rows, kLanes);
+    block_pad = x_rows ? block_rows : round_up(block_rows, kLanes);
     // An odd number of vectors from row to row: at a power of two the rows of a tile would meet on few cache sets.
-    if (!p.transposed && block_pad > 4 * kLanes && block_pad / kLanes % 2 == 0) block_pad += kLanes;
+    if (!x_rows && block_pad > 4 * kLanes && block_pad / kLanes % 2 == 0) block_pad += kLanes;
     // Once x outgrows the L2 cache it streams from L3, once a panel: a panel is then as tall as that cache allows.
     panel_outputs =
-        p.transposed ? K::kPanelColumns : (block_rows > 64 ? K::kPanelRows : K::kPanelRows / K::kShortPanels);
+        x_rows ? K::kPanelColumns : (block_rows > 64 ? K::kPanelRows : K::kPanelRows / K::kShortPanels);
   }
 
   void run() {
@@ -73,46 +80,56 @@ class Matmul {
     const double work =
         static_cast<double>(p.rows) * static_cast<double>(p.outputs) * static_cast<double>(p.inner + p.rank);
     const int threads = work < K::kSerialWork ? 1 : p.threads;
-    // Few outputs: the rows of x are what there is to share out.
+    // Few outputs: the rows of x are what there is to share out, but each share reads all of W.
     const int64_t row_groups = ceil_div(block_rows, row_split);
-    const int64_t row_splits = panels >= 4 * threads ? 1 : min_of<int64_t>(row_groups, threads);
+    const int64_t most = four_bit() ? row_groups : max_of<int64_t>(1, block_rows / kRowsToReadW);
+    const int64_t row_splits = panels >= 4 * threads ? 1 : min_of<int64_t>(min_of(row_groups, most), threads);
 
-    const int64_t x_elems = p.transposed ? chunks() * block_rows * kRowStride
-                                         : (segments[0].padded + segments[1].padded) * block_pad;
+    const int64_t x_elems = in_place ? 0
+                            : x_rows ? chunks() * block_rows * kRowStride
+                                     : (segments[0].padded + segments[1].padded) * block_pad;
     const size_t x_bytes = align64(static_cast<size_t>(x_elems) * sizeof(Elem));
-    const size_t panel_bytes =
-        align64(static_cast<size_t>(p.transposed ? kDepth * K::kPanelColumns : panel_outputs * kRowStride) *
-                sizeof(Elem));
-    const int64_t c_floats = p.transposed ? block_rows * K::kPanelColumns : panel_outputs * block_pad;
+    const size_t panel_bytes = align64(
+        static_cast<size_t>(x_rows ? kDepth * K::kPanelColumns : panel_outputs * kRowStride) * sizeof(Elem));
+    const int64_t c_floats = x_rows ? block_rows * K::kPanelColumns : panel_outputs * block_pad;
     const size_t c_bytes = align64(static_cast<size_t>(c_floats) * sizeof(float));
-    const int64_t scale_floats = scales_per_row() * (p.transposed ? 0 : panel_outputs);
+    const int64_t scale_floats = scales_per_row() * (x_rows ? 0 : panel_outputs);
     const size_t scale_bytes = align64(static_cast<size_t>(scale_floats) * sizeof(float));
     const size_t per_thread = panel_bytes + c_bytes + scale_bytes;
     char* memory = static_cast<char*>(scratch(x_bytes + per_thread * static_cast<size_t>(threads)));
     x_packed = reinterpret_cast<Elem*>(memory);
     char* first = memory + x_bytes;
 
+    // Rows m0 … of a block: one task of its panels and row splits.
+    const auto run_task = [&](int thread, int64_t m0, int64_t task) {
+      const int64_t rows = min_of(block_rows, p.rows - m0);
+      char* mine = first + per_thread * static_cast<size_t>(thread);
+      Workspace w = {reinterpret_cast<Elem*>(mine), reinterpret_cast<float*>(mine + panel_bytes),
+                     reinterpret_cast<float*>(mine + panel_bytes + c_bytes)};
+      const int64_t split = task % row_splits;
+      const int64_t groups = ceil_div(rows, row_split);
+      const int64_t begin = groups * split / row_splits * row_split;
+      const int64_t end = min_of(groups * (split + 1) / row_splits * row_split, rows);
+      const int64_t o0 = task / row_splits * panel_outputs;
+      const int64_t outputs = min_of(panel_outputs, p.outputs - o0);
+      if (begin < end)
+        x_rows ? panel_of_x(w, m0, begin, end, o0, outputs) : panel_of_w(w, m0, begin, end, o0, outputs);
+    };
+    const int64_t tasks = panels * row_splits;
+    if (in_place) {
+      parallel_tasks(threads, ceil_div(p.rows, block_rows) * tasks, [&](int thread, int64_t task) {
+        run_task(thread, task / tasks * block_rows, task % tasks);
+      });
+      return;
+    }
     for (int64_t m0 = 0; m0 < p.rows; m0 += block_rows) {
       const int64_t rows = min_of(block_rows, p.rows - m0);
-      const int64_t pack_unit = p.transposed ? 8 : kLanes;
+      const int64_t pack_unit = x_rows && !x_transposed() ? 8 : kLanes;
       parallel_tasks(threads, ceil_div(rows, pack_unit), [&](int, int64_t g) {
-        p.transposed ? pack_rows(m0, g * pack_unit, min_of((g + 1) * pack_unit, rows))
-                     : pack_columns(m0, rows, g * pack_unit);
+        x_rows ? pack_rows(m0, g * pack_unit, min_of((g + 1) * pack_unit, rows))
+               : pack_columns(m0, rows, g * pack_unit);
       });
-      parallel_tasks(threads, panels * row_splits, [&](int thread, int64_t task) {
-        char* mine = first + per_thread * static_cast<size_t>(thread);
-        Workspace w = {reinterpret_cast<Elem*>(mine), reinterpret_cast<float*>(mine + panel_bytes),
-                       reinterpret_cast<float*>(mine + panel_bytes + c_bytes)};
-        const int64_t split = task % row_splits;
-        const int64_t groups = ceil_div(rows, row_split);
-        const int64_t begin = groups * split / row_splits * row_split;
-        const int64_t end = min_of(groups * (split + 1) / row_splits * row_split, rows);
-        const int64_t o0 = task / row_splits * panel_outputs;
-        const int64_t outputs = min_of(panel_outputs, p.outputs - o0);
-        if (begin < end)
-          p.transposed ? panel_transposed(w, m0, begin, end, o0, outputs)
-                       : panel_plain(w, m0, begin, end, o0, outputs);
-      });
+      parallel_tasks(threads, tasks, [&](int thread, int64_t task) { run_task(thread, m0, task); });
     }
   }
 
@@ -133,8 +150,19 @@ class Matmul {
             reordered,
             length,
             padded,
-            min_of<int64_t>(kDepth, round_up(ceil_div(padded, count), 64))};
+            min_of<int64_t>(kDepth, round_up(ceil_div(padded, count), 64)),
+            false};
   }
+  bool four_bit() const { return p.weight4.packed != nullptr; }
+  // Whole steps of the multiply, and rows of x that do not all meet on a few cache sets: a narrow panel has tiles of
+  // many rows.
+  bool readable(const Segment& s) const {
+    const bool own = s.x.dtype == (kPair == 2 ? DType::bf16 : DType::f32) && s.x.stride1 == 1;
+    const bool apart = s.x.stride0 * static_cast<int64_t>(sizeof(Elem)) % 2048 != 0 || p.outputs > 2 * kLanes;
+    return s.length == 0 || (own && apart && s.padded == s.length);
+  }
+  bool x_transposed() const { return p.x.stride0 == 1 && p.x.stride1 != 1; }
+
   static size_t align64(size_t bytes) { return (bytes + 63) & ~static_cast<size_t>(63); }
   static int64_t chunks(const Segment& s) { return s.padded ? ceil_div(s.padded, s.depth) : 0; }
   int64_t chunks() const { return chunks(segments[0]) + chunks(segments[1]); }
@@ -175,9 +203,14 @@ class Matmul {
   void pack_rows(int64_t m0, int64_t begin, int64_t end) {
     Elem* chunk = x_packed;
     for (const Segment& s : segments) {
+      if (s.in_place) continue;
       for (int64_t c = 0; c < s.padded; c += s.depth, chunk += block_rows * kRowStride) {
         const int64_t depth = min_of(s.depth, s.padded - c);
         const int64_t n = max_of<int64_t>(0, min_of(depth, s.length - c));
+        if (s.x.stride0 == 1 && s.x.stride1 != 1 && end - begin <= kLanes) {
+          pack_rows_across(s.x, m0 + begin, end - begin, c, n, depth, chunk + begin * kRowStride);
+          continue;
+        }
         for (int64_t m = begin; m < end; ++m) {
           Elem* row = chunk + m * kRowStride;
           read_row(s.x, m0 + m, c, n, row);
@@ -187,7 +220,34 @@ class Matmul {
     }
   }
 
-  void panel_plain(Workspace& w, int64_t m0, int64_t begin, int64_t end, int64_t o0, int64_t outputs) {
+  // The same for x whose columns are contiguous: kLanes rows at most, kPair columns make a word, words are transposed.
+  void pack_rows_across(const Matrix& x, int64_t m, int64_t rows, int64_t c, int64_t n, int64_t depth,
+                        Elem* out) const {
+    constexpr int kStep = Vec::kWidth * kPair;
+    alignas(64) Elem pair[2][kLanes] = {};
+    alignas(64) float words[Vec::kWidth][kLanes], turned[kLanes][Vec::kWidth];
+    for (int64_t i = 0; i < depth; i += kStep) {
+      for (int word = 0; word < Vec::kWidth; ++word) {
+        Elem* to = reinterpret_cast<Elem*>(words[word]);
+        for (int k = 0; k < kPair; ++k) {
+          const int64_t at = i + word * kPair + k;
+          Elem* row = kPair == 1 ? to : pair[k];
+          if (at < n) {
+            read_row(transposed(x), c + at, m, rows, row);
+          } else {
+            std::memset(row, 0, sizeof(pair[0]));
+          }
+        }
+        if constexpr (kPair > 1) K::interleave(pair[0], pair[1], 1, to);
+      }
+      for (int r = 0; r < kLanes; r += Vec::kWidth) transpose(&words[0][r], kLanes, turned[r], Vec::kWidth);
+      const int64_t count = min_of<int64_t>(kStep, depth - i);
+      for (int64_t r = 0; r < rows; ++r)
+        std::memcpy(out + r * kRowStride + i, turned[r], static_cast<size_t>(count) * sizeof(Elem));
+    }
+  }
+
+  void panel_of_w(Workspace& w, int64_t m0, int64_t begin, int64_t end, int64_t o0, int64_t outputs) {
     const int64_t vectors = ceil_div(end - begin, kLanes);
     const float* scales[K::kPanelRows];
     if (p.weight4.packed) {
@@ -230,9 +290,9 @@ class Matmul {
     }
 
     Epilogue epilogue(p);
-    alignas(64) float bias[K::kPanelRows];
+    Epilogue::Columns<K::kPanelRows> columns;
     alignas(64) float out[Vec::kWidth][K::kPanelRows];
-    epilogue.begin(o0, outputs, bias);
+    epilogue.begin(o0, outputs, columns);
     for (int64_t m = 0; m < end - begin; m += Vec::kWidth) {
       for (int64_t o = 0; o < outputs; o += Vec::kWidth)
         transpose(w.c + o * block_pad + m, block_pad, &out[0][o], K::kPanelRows);
@@ -241,17 +301,24 @@ class Matmul {
     }
   }
 
-  void panel_transposed(Workspace& w, int64_t m0, int64_t begin, int64_t end, int64_t o0, int64_t outputs) {
+  void panel_of_x(Workspace& w, int64_t m0, int64_t begin, int64_t end, int64_t o0, int64_t outputs) {
     constexpr int64_t kColumns = K::kPanelColumns;
     const int64_t vectors = ceil_div(outputs, kLanes);
+    constexpr int64_t kPiece = 4 * K::kRowSplitTransposed;
+    Epilogue epilogue(p);
+    Epilogue::Columns<kColumns> columns;
+    epilogue.begin(o0, outputs, columns);
+    int64_t left = chunks();
     bool empty = true;
-    const Elem* a = x_packed + begin * kRowStride;
+    const Elem* packed = x_packed + begin * kRowStride;
     for (const Segment& s : segments) {
       for (int64_t c = 0; c < s.padded; c += s.depth) {
         const int64_t depth = min_of(s.depth, s.padded - c);
         const int64_t n = max_of<int64_t>(0, min_of(depth, s.length - c));
         if (s.reordered) {
           K::decode_pairs(p.weight4, c, n, depth, p.outputs, o0, outputs, w.panel);
+        } else if (!s.four_bit && s.dense.stride1 == 1 && !segments[0].reordered) {
+          pack_pairs(s.dense, o0, outputs, c, n, depth, w.panel);
         } else {
           for (int64_t q = 0; q < depth; q += kPair) {
             alignas(64) Elem rows_in[kPair][kColumns];
@@ -273,30 +340,76 @@ class Matmul {
             if constexpr (kPair > 1) K::interleave(rows[0], rows[1], vectors, w.panel + q * kColumns);
           }
         }
-        K::multiply(end - begin, vectors, depth / kPair, a, kRowStride, w.panel, kColumns * kPair,
-                    w.c + begin * kColumns, kColumns, empty);
-        a += block_rows * kRowStride;
+        const Elem* a = packed;
+        int64_t a_stride = kRowStride;
+        if (s.in_place) {
+          a = static_cast<const Elem*>(s.x.data) + (m0 + begin) * s.x.stride0 + c;
+          a_stride = s.x.stride0;
+        } else {
+          packed += block_rows * kRowStride;
+        }
+        float* to = w.c + begin * kColumns;
+        if (--left) {
+          K::multiply(end - begin, vectors, depth / kPair, a, a_stride, w.panel, kColumns * kPair, to,
+                      kColumns, empty);
+        } else {  // rows are written out while their sums are in L1
+          for (int64_t m = begin; m < end; m += kPiece) {
+            const int64_t rows = min_of(kPiece, end - m);
+            epilogue.prefetch(m0 + m, rows, o0, outputs);
+            for (int64_t r = rows; s.in_place && r < rows + min_of(kPiece, end - m - rows); ++r)
+              prefetch_bytes(a, r * a_stride * static_cast<int64_t>(sizeof(Elem)),
+                             depth * static_cast<int64_t>(sizeof(Elem)));
+            K::multiply(rows, vectors, depth / kPair, a, a_stride, w.panel, kColumns * kPair, to, kColumns,
+                        empty);
+            write_rows(epilogue, m0 + m, rows, o0, outputs, to);
+            a += rows * a_stride;
+            to += rows * kColumns;
+          }
+        }
         empty = false;
       }
     }
+  }
 
-    Epilogue epilogue(p);
-    alignas(64) float bias[kColumns];
-    alignas(64) float out[kColumns];
-    epilogue.begin(o0, outputs, bias);
-    for (int64_t m = begin; m < end; ++m) {
-      const float* c = w.c + m * kColumns;
+  void write_rows(const Epilogue& epilogue, int64_t m, int64_t rows, int64_t o0, int64_t outputs,
+                  const float* c) const {
+    alignas(64) float out[K::kPanelColumns];
+    for (int64_t r = 0; r < rows; ++r, c += K::kPanelColumns) {
       if (segments[0].reordered) {
         for (int64_t o = 0; o < outputs; o += K::kGroup) K::restore(c + o, out + o);
-        c = out;
+        epilogue.write(m + r, o0, outputs, out);
+      } else {
+        epilogue.write(m + r, o0, outputs, c);
       }
-      epilogue.write(m0 + m, o0, outputs, c);
     }
   }
+
+  // B from a matrix whose contraction is contiguous: panel[q][j][kPair] = dense[o0 + j, c + kPair q …], transposed word
+  // by word; zero beyond n and beyond `outputs`.
+  void pack_pairs(const Matrix& dense, int64_t o0, int64_t outputs, int64_t c, int64_t n, int64_t depth,
+                  Elem* panel) const {
+    constexpr int kStep = Vec::kWidth * kPair;
+    alignas(64) Elem rows_in[Vec::kWidth][kStep];
+    for (int64_t j = 0; j < round_up(outputs, kLanes); j += Vec::kWidth) {
+      for (int64_t i = 0; i < depth; i += kStep) {
+        for (int r = 0; r < Vec::kWidth; ++r) {
+          const int64_t valid = j + r < outputs ? max_of<int64_t>(0, min_of<int64_t>(kStep, n - i)) : 0;
+          if (valid) read_row(dense, o0 + j + r, c + i, valid, rows_in[r]);
+          std::memset(rows_in[r] + valid, 0, static_cast<size_t>(kStep - valid) * sizeof(Elem));
+        }
+        transpose(reinterpret_cast<const float*>(rows_in), Vec::kWidth,
+                  reinterpret_cast<float*>(panel) + i / kPair * K::kPanelColumns + j, K::kPanelColumns);
+      }
+    }
+  }
+
+  static constexpr int64_t kRowsToReadW = 64;  // of x: fewer cost less than bringing W into pairs once more
 
   const MatmulParams& p;
   const CodeTable table;
   Segment segments[2];
+  bool x_rows;        // A is rows of x, not of W
+  bool in_place;      // nothing of x is packed
   int64_t row_split;  // rows of x that one task has at least
   int64_t block_rows, block_pad;
   int64_t panel_outputs;

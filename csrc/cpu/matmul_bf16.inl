@@ -270,20 +270,25 @@ inline void dot_rows_4bit(const MatmulParams& p, const DotRow* w, const Bf16* x,
     for (int m = 0; m < M; ++m) _mm512_store_ps(sums + r * M + m, sum[r][m]);
 }
 
+inline __m512i weights_32(const Bf16* w) { return _mm512_loadu_si512(w); }
+inline __m512i weights_32(const float* w) { return bf16_pair(load(w + 16).v, load(w).v); }
+
 // sum[m] += w · x[m] over n elements, natural order.
-template <int M>
-inline void add_dot(const Bf16* w, const Bf16* x, int64_t x_stride, int64_t n, __m512* sum) {
+template <int M, class T>
+inline void add_dot(const T* w, const Bf16* x, int64_t x_stride, int64_t n, __m512* sum) {
   int64_t i = 0;
   for (; i + 32 <= n; i += 32) {
-    const __m512i row = _mm512_loadu_si512(w + i);
+    const __m512i row = weights_32(w + i);
     for (int m = 0; m < M; ++m) sum[m] = dot(sum[m], row, x + m * x_stride + i);
   }
   if (i < n) {
+    alignas(64) Bf16 last[32] = {};
+    convert_row(w + i, 1, n - i, last);
     const __mmask32 left = static_cast<__mmask32>((1u << (n - i)) - 1u);
-    const __m512i row = _mm512_maskz_loadu_epi16(left, w + i);
     for (int m = 0; m < M; ++m) {
       const __m512i other = _mm512_maskz_loadu_epi16(left, x + m * x_stride + i);
-      sum[m] = _mm512_dpbf16_ps(sum[m], reinterpret_cast<__m512bh>(row), reinterpret_cast<__m512bh>(other));
+      sum[m] = _mm512_dpbf16_ps(sum[m], reinterpret_cast<__m512bh>(_mm512_load_si512(last)),
+                                reinterpret_cast<__m512bh>(other));
     }
   }
 }
@@ -361,12 +366,17 @@ inline void dot_group(const MatmulParams& p, const DotTask& task, int64_t m0, co
     }
   } else {
     for (int64_t r = 0; r < rows; ++r) {
-      const bool direct = p.dense.dtype == DType::bf16 && p.dense.stride1 == 1;
-      if (!direct) read_row(p.dense, o0 + r, 0, p.inner, task.row);
-      const Bf16* source =
-          direct ? static_cast<const Bf16*>(p.dense.data) + (o0 + r) * p.dense.stride0 : task.row;
-      for (int m = 0; m < M; ++m) sums[r * M + m] = _mm512_setzero_ps();
-      add_dot<M>(source, x, p.inner, p.inner, sums + r * M);
+      __m512* sum = sums + r * M;
+      for (int m = 0; m < M; ++m) sum[m] = _mm512_setzero_ps();
+      const int64_t at = (o0 + r) * p.dense.stride0;
+      if (p.dense.dtype == DType::bf16 && p.dense.stride1 == 1) {
+        add_dot<M>(static_cast<const Bf16*>(p.dense.data) + at, x, p.inner, p.inner, sum);
+      } else if (p.dense.dtype == DType::f32 && p.dense.stride1 == 1) {
+        add_dot<M>(static_cast<const float*>(p.dense.data) + at, x, p.inner, p.inner, sum);
+      } else {
+        read_row(p.dense, o0 + r, 0, p.inner, task.row);
+        add_dot<M>(task.row, x, p.inner, p.inner, sum);
+      }
     }
   }
   for (int64_t r = 0; p.rank && r < rows; ++r) {
@@ -386,10 +396,13 @@ inline int64_t dot_group_begin(int64_t rows, int64_t group) {
   return rows * group / ceil_div(rows, kDotGroup);
 }
 
-// Plain, few rows, and units of W that lie within one row and one block.
+// Plain, few rows, and units of W that lie within one row and one block. A dense W is read anew for every group of rows;
+// with few outputs that costs less than bringing it into pairs.
 inline bool dot_applies(const MatmulParams& p, int64_t most) {
   const int64_t unit = p.weight4.log2_blocksize == 5 ? 32 : 64;
-  return !p.transposed && p.rows <= most && p.inner > 0 && (!p.weight4.packed || p.inner % unit == 0);
+  if (p.transposed || p.inner == 0) return false;
+  if (p.weight4.packed) return p.rows <= most && p.inner % unit == 0;
+  return p.rows <= (p.outputs <= 16 ? most : min_of(most, kDotGroup));
 }
 
 inline void run_dot_bf16(const MatmulParams& p) {
@@ -431,14 +444,14 @@ inline void run_dot_bf16(const MatmulParams& p) {
     DotRow w[kDotTask];
     const int64_t o0 = index * kDotTask;
     Epilogue epilogue(p);
-    alignas(64) float bias[kDotTask];
+    Epilogue::Columns<kDotTask> columns;
     const DotTask task = {w,
                           o0,
                           min_of(kDotTask, p.outputs - o0),
                           reinterpret_cast<__m512*>(mine),
                           reinterpret_cast<Bf16*>(mine + buffers.sums + buffers.absmax),
                           &epilogue};
-    epilogue.begin(o0, task.rows, bias);
+    epilogue.begin(o0, task.rows, columns);
     if (four_bit) {
       prefetch_absmax(p.weight4, (o0 + kDotTask) * p.inner, kDotTask * p.inner);
       dot_weights(p, o0, task.rows, reinterpret_cast<float*>(mine + buffers.sums), w);

@@ -115,8 +115,8 @@ inline void dot_f32(const MatmulParams& p, const float* x, const float* t, int t
       for (int m = 0; m < M; ++m) y[m][o - o0] = reduce_add(sum[m]) + tail[m];
     }
     Epilogue epilogue(p);
-    float bias[kTask];
-    epilogue.begin(o0, outputs, bias);
+    Epilogue::Columns<kTask> columns;
+    epilogue.begin(o0, outputs, columns);
     for (int m = 0; m < M; ++m) epilogue.write(m, o0, outputs, y[m]);
   });
 }

@@ -182,6 +182,10 @@ inline void transpose(const float* src, int64_t src_stride, float* dst, int64_t 
   }
 }
 
+inline Vec permute(Vec v, const int32_t* lanes) {
+  return {_mm256_permutevar8x32_ps(v.v, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(lanes)))};
+}
+
 // Three rounds that fold two vectors into one: neighbours twice, then the halves.
 inline Vec reduce_each(const Vec* v) {
   __m256 pairs[4], fours[2];

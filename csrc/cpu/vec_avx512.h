@@ -167,6 +167,10 @@ inline void transpose(const float* src, int64_t src_stride, float* dst, int64_t 
   }
 }
 
+inline Vec permute(Vec v, const int32_t* lanes) {
+  return {_mm512_permutexvar_ps(_mm512_loadu_si512(lanes), v.v)};
+}
+
 // Four rounds that fold two vectors into one.
 inline Vec reduce_each(const Vec* v) {
   __m512 a[16];

@@ -11,6 +11,7 @@
 //   encode(buckets, x, p)   kWidth nibbles into kWidth/2 bytes:
 //                           bucket = #{j : not bounds[j] >= x}, nibble = order[bucket]
 //   transpose               kWidth x kWidth block of floats
+//   permute(v, lanes)       lane i is v's lane lanes[i]
 //   reduce_each(v)          kWidth vectors to one: lane i is the sum of v[i]'s lanes
 #pragma once
 
@@ -191,6 +192,9 @@ inline void transpose(const float* src, int64_t src_stride, float* dst, int64_t 
     for (int j = 0; j < 4; ++j) dst[j * dst_stride + i] = src[i * src_stride + j];
 }
 
+inline Vec permute(Vec v, const int32_t* lanes) {
+  return {{v.v[lanes[0]], v.v[lanes[1]], v.v[lanes[2]], v.v[lanes[3]]}};
+}
 inline Vec reduce_each(const Vec* v) {
   return {{reduce_add(v[0]), reduce_add(v[1]), reduce_add(v[2]), reduce_add(v[3])}};
 }
