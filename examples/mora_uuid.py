@@ -220,7 +220,7 @@ def train(
         ids, labels = collate(data, rows.tolist())
         for trainer in trainers:
             trainer.step(ids, labels)
-        progress.set_postfix({run.label: f"loss {run.losses[-1]:.3f}" for run in runs})
+        progress.set_postfix_str(", ".join(f"{run.label}: loss {run.losses[-1]:.3f}" for run in runs))
         if step % every == 0 or step == steps:
             for run in runs:
                 run.recalls[step] = recall(run.model, data, decode)
@@ -292,15 +292,16 @@ def draw(path: Path, runs: list[Run], caption: str) -> None:
 
 
 def main(
-    pairs: Annotated[int, typer.Option(min=1, help="UUID pairs to learn")] = 128,
-    steps: Annotated[int, typer.Option(min=1)] = 400,
+    pairs: Annotated[int, typer.Option(min=1, help="UUID pairs to learn")] = 64,
+    steps: Annotated[int, typer.Option(min=1)] = 200,
     batch: Annotated[int, typer.Option(min=1, help="pairs a step")] = 8,
     rank: Annotated[int, typer.Option(min=1, help="LoRA's; MoRA gets as many parameters")] = 8,
     mora_type: Annotated[str, typer.Option(help="1, 2, 3, 4, 6 or a name that mora_linear takes")] = "6",
     lora_lr: Annotated[float, typer.Option(min=0.0)] = 3e-3,
     mora_lr: Annotated[float, typer.Option(min=0.0)] = 3e-3,
-    eval_every: Annotated[int, typer.Option(min=1, help="steps from one measurement to the next")] = 25,
+    eval_every: Annotated[int, typer.Option(min=1, help="steps from one measurement to the next")] = 20,
     seed: Annotated[int, typer.Option(help="of the pairs, their order and LoRA's A")] = 0,
+    note: Annotated[str, typer.Option(help="kept in the summary, such as what else the machine did")] = "",
     model_dir: Annotated[
         Path | None, typer.Option(help="folder of a .gguf file, instead of the installed package")
     ] = None,
