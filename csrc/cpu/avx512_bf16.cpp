@@ -1,6 +1,7 @@
 #define PEFTKERN_ISA avx512_bf16
 #include "cpu/vec_avx512.h"
 
+#include "cpu/compress.inl"
 #include "cpu/matmul_bf16.inl"
 #include "cpu/probe.inl"
 

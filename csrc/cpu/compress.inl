@@ -86,24 +86,28 @@ class Compress {
   template <class S, class D>
   void rotate(const S* first, const S* second, const float* cosine, const float* sine, int64_t n,
               D* out_first, D* out_second) const {
-    const auto turn = [&](Vec a, Vec b, Vec c, Vec s, Vec* to) {
-      const Vec signed_s = mul(s, sign);
-      to[0] = fma(b, mul(signed_s, set1(-1.0f)), mul(a, c));
-      to[1] = fma(a, signed_s, mul(b, c));
+    const Vec minus = set1(-1.0f);
+    const auto turn = [&](Vec& y, Vec& z, Vec c, Vec s) {
+      s = mul(s, sign);
+      const Vec first_turned = fma(z, mul(s, minus), mul(y, c));
+      z = fma(y, s, mul(z, c));
+      y = first_turned;
     };
-    Vec to[2];
     int64_t j = 0;
-    for (; j + kWidth <= n; j += kWidth) {
-      turn(load(first + j), load(second + j), load(cosine + j), load(sine + j), to);
-      store(out_first + j, to[0]);
-      store(out_second + j, to[1]);
+    for (; j + 2 * kWidth <= n; j += 2 * kWidth) {
+      const int64_t k = j + kWidth;
+      Vec y0 = load(first + j), y1 = load(first + k), z0 = load(second + j), z1 = load(second + k);
+      turn(y0, z0, load(cosine + j), load(sine + j));
+      turn(y1, z1, load(cosine + k), load(sine + k));
+      store_2(out_first + j, y0, y1);
+      store_2(out_second + j, z0, z1);
     }
-    if (j < n) {
-      const int left = static_cast<int>(n - j);
-      turn(load_n(first + j, left), load_n(second + j, left), load_n(cosine + j, left),
-           load_n(sine + j, left), to);
-      store_n(out_first + j, to[0], left);
-      store_n(out_second + j, to[1], left);
+    for (; j < n; j += kWidth) {
+      const int left = static_cast<int>(min_of<int64_t>(kWidth, n - j));
+      Vec y = load_n(first + j, left), z = load_n(second + j, left);
+      turn(y, z, load_n(cosine + j, left), load_n(sine + j, left));
+      store_n(out_first + j, y, left);
+      store_n(out_second + j, z, left);
     }
   }
 

@@ -157,10 +157,11 @@ class Matmul {
   // Whole steps of the multiply, and rows of x that do not all meet on a few cache sets: a narrow panel has tiles of
   // many rows.
   bool readable(const Segment& s) const {
-    const bool own = s.x.dtype == (kPair == 2 ? DType::bf16 : DType::f32) && s.x.stride1 == 1;
+    const bool own = own_dtype(s.x) && s.x.stride1 == 1;
     const bool apart = s.x.stride0 * static_cast<int64_t>(sizeof(Elem)) % 2048 != 0 || p.outputs > 2 * kLanes;
     return s.length == 0 || (own && apart && s.padded == s.length);
   }
+  static bool own_dtype(const Matrix& x) { return x.dtype == (kPair == 2 ? DType::bf16 : DType::f32); }
   bool x_transposed() const { return p.x.stride0 == 1 && p.x.stride1 != 1; }
 
   static size_t align64(size_t bytes) { return (bytes + 63) & ~static_cast<size_t>(63); }
@@ -226,24 +227,38 @@ class Matmul {
     constexpr int kStep = Vec::kWidth * kPair;
     alignas(64) Elem pair[2][kLanes] = {};
     alignas(64) float words[Vec::kWidth][kLanes], turned[kLanes][Vec::kWidth];
+    const bool direct = own_dtype(x) && rows == kLanes;
     for (int64_t i = 0; i < depth; i += kStep) {
       for (int word = 0; word < Vec::kWidth; ++word) {
         Elem* to = reinterpret_cast<Elem*>(words[word]);
+        const int64_t at = i + word * kPair;
+        const Elem* columns[2];
         for (int k = 0; k < kPair; ++k) {
-          const int64_t at = i + word * kPair + k;
-          Elem* row = kPair == 1 ? to : pair[k];
-          if (at < n) {
-            read_row(transposed(x), c + at, m, rows, row);
+          columns[k] = pair[k];
+          if (at + k >= n) {
+            std::memset(pair[k], 0, sizeof(pair[k]));
+          } else if (direct) {
+            columns[k] = static_cast<const Elem*>(x.data) + m * x.stride0 + (c + at + k) * x.stride1;
           } else {
-            std::memset(row, 0, sizeof(pair[0]));
+            read_row(transposed(x), at + k + c, m, rows, pair[k]);
           }
         }
-        if constexpr (kPair > 1) K::interleave(pair[0], pair[1], 1, to);
+        if constexpr (kPair > 1) {
+          K::interleave(columns[0], columns[1], 1, to);
+        } else {
+          std::memcpy(to, columns[0], sizeof(words[word]));
+        }
       }
       for (int r = 0; r < kLanes; r += Vec::kWidth) transpose(&words[0][r], kLanes, turned[r], Vec::kWidth);
       const int64_t count = min_of<int64_t>(kStep, depth - i);
-      for (int64_t r = 0; r < rows; ++r)
-        std::memcpy(out + r * kRowStride + i, turned[r], static_cast<size_t>(count) * sizeof(Elem));
+      for (int64_t r = 0; r < rows; ++r) {
+        Elem* to = out + r * kRowStride + i;
+        if (count == kStep) {
+          std::memcpy(to, turned[r], sizeof(turned[r]));
+        } else {
+          std::memcpy(to, turned[r], static_cast<size_t>(count) * sizeof(Elem));
+        }
+      }
     }
   }
 
