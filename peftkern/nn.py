@@ -12,8 +12,15 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from peftkern.formats import QuantizedWeight
-from peftkern.ops.linear import DTYPES, check_tensor, linear_4bit
-from peftkern.ops.lora import check_dropout, check_scaling, lora_delta, lora_linear
+from peftkern.ops.linear import (
+    DTYPES,
+    check_dropout,
+    check_scaling,
+    check_size,
+    check_tensor,
+    linear_4bit,
+)
+from peftkern.ops.lora import lora_delta, lora_linear
 from peftkern.ops.merge import merge
 from peftkern.ops.mora import mora, mora_delta, mora_linear, mora_rank
 from peftkern.reference import mora_kind
@@ -41,10 +48,7 @@ class _AdaptedLinear(nn.Module):
     ) -> None:
         super().__init__()
         for name, value in (("in_features", in_features), ("out_features", out_features), ("r", r)):
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
-            if value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value}")
+            check_size(name, value, 1)
         check_dropout(dropout)
         self.in_features, self.out_features, self.r = in_features, out_features, r
         self.dropout = float(dropout)
@@ -362,7 +366,7 @@ class MoRALinear(_AdaptedLinear):
         return mora_linear(x, self.weight, self.matrix, self.mora_type, 1.0, self.bias)
 
     def delta(self) -> Tensor:
-        """ΔW as mora_linear applies it, fp32 [out_features, in_features]."""
+        """ΔW, fp32 [out_features, in_features]: mora_linear's, before M's rounding to x's dtype."""
         return mora_delta(self.matrix.float(), self.in_features, self.out_features, self.mora_type)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:

@@ -7,6 +7,7 @@ torch.library ops ("traced"), which have fake kernels, and a batching rule in to
 
 from __future__ import annotations
 
+import numbers
 from typing import Any, NoReturn
 
 import torch
@@ -21,6 +22,10 @@ from peftkern.formats import QuantizedWeight
 
 DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 PLAIN = frozenset((Tensor, torch.nn.Parameter))
+_REAL: tuple[type, ...] = (float, int, numbers.Real)
+_INTEGER: tuple[type, ...] = (int, torch.SymInt)
+_FLOAT32_MAX = float(torch.finfo(torch.float32).max)
+_MOST = 1 << 48  # features, ranks: the compiled modules' own limit, far past any memory
 _STRIDED = torch.strided
 _unsafe_view: Any = torch.ops.aten._unsafe_view.default
 _VMAP_MODE: Any = torch._C._parse_dispatch_key("VmapMode")
@@ -29,6 +34,8 @@ _VMAP_MODE: Any = torch._C._parse_dispatch_key("VmapMode")
 WeightTensors = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 # quant_type, blocksize, blocksize2 (0: not nested), N, K
 WeightSpec = tuple[str, int, int, int, int]
+# both, where there is no 4-bit weight
+NO_WEIGHT: tuple[tuple[None, ...], None] = ((None,) * 5, None)
 
 
 def check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
@@ -55,6 +62,50 @@ def check_x(x: Tensor, columns: int, device: torch.device) -> None:
     ):
         return
     refuse("x", x, f"shape [..., {columns}]", None, device)
+
+
+def check_base(x: Tensor, weight: QuantizedWeight | Tensor) -> tuple[int, int, torch.device, torch.dtype]:
+    """N, K, the device and the dtype to compute in, of a frozen W [N, K], dense or 4-bit, and an x for it."""
+    if isinstance(weight, QuantizedWeight):
+        rows, columns = weight.shape
+        device = weight.packed.device
+        check_x(x, columns, device)
+        return rows, columns, device, autocast_dtype(x)
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight: expected a tensor or a QuantizedWeight, got {type(weight).__name__}")
+    if weight.dim() != 2:
+        refuse("weight", weight, "a QuantizedWeight or shape [N, K]", None, None)
+    rows, columns = weight.shape
+    device = weight.device
+    check_tensor("weight", weight, (rows, columns), device)
+    check_x(x, columns, device)
+    dtype = autocast_dtype(x)
+    if weight.dtype is not dtype and not is_autocast(x):
+        refuse("weight", weight, "", x.dtype, device)
+    return rows, columns, device, dtype
+
+
+def check_size(name: str, value: int, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, _INTEGER):
+        raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name}: expected at least {least}, got {value}")
+    if value > _MOST:
+        raise ValueError(f"{name}: expected at most 2^48, got {value}")
+
+
+def check_scaling(scaling: float) -> None:
+    if not isinstance(scaling, _REAL):
+        raise TypeError(f"scaling: expected a number, got {type(scaling).__name__}")
+    if not -_FLOAT32_MAX <= scaling <= _FLOAT32_MAX:
+        raise ValueError(f"scaling: expected a finite number in float32's range, got {scaling}")
+
+
+def check_dropout(dropout: float) -> None:
+    if not isinstance(dropout, _REAL):
+        raise TypeError(f"dropout: expected a number, got {type(dropout).__name__}")
+    if not 0.0 <= dropout <= 1.0:
+        raise ValueError(f"dropout: expected a probability in [0, 1], got {dropout}")
 
 
 def refuse(
@@ -123,6 +174,16 @@ def like_rows(y: Tensor, x: Tensor) -> Tensor:
     return _unsafe_view(y, (*x.shape[:-1], y.shape[1]))  # type: ignore[no-any-return]
 
 
+def needs_graph(*tensors: Tensor | None) -> bool:
+    """Whether autograd is to follow an op of these."""
+    if not torch.is_grad_enabled():
+        return False
+    for tensor in tensors:  # noqa: SIM110, any() costs several times as much
+        if tensor is not None and tensor.requires_grad:
+            return True
+    return False
+
+
 def flatten_weight(weight: QuantizedWeight) -> tuple[WeightTensors, WeightSpec]:
     rows, columns = weight.shape
     nested = weight.nested
@@ -148,6 +209,13 @@ def weight4(
     return packed, absmax, (absmax2, code, offset, blocksize2), quant_type, blocksize, rows, columns
 
 
+def flatten4(weight: Weight4) -> tuple[WeightTensors, WeightSpec]:
+    """What flatten_weight gave, from what a backend takes."""
+    packed, absmax, nested, quant_type, blocksize, rows, columns = weight
+    absmax2, code, offset, blocksize2 = (None, None, None, 0) if nested is None else nested
+    return (packed, absmax, absmax2, code, offset), (quant_type, blocksize, blocksize2, rows, columns)
+
+
 def matmul_row(traced: bool, x: Tensor) -> Primitive | None:
     """The backend's matmul for x, looked up once for a whole pass; None: go through the library ops."""
     return None if traced else find("matmul", x.device, x.dtype)
@@ -167,13 +235,10 @@ def base_matmul(
     if row is None:
         values, grouped, length = (None, False, 0) if spread is None else spread
         if isinstance(weight, tuple):
-            packed, absmax, nested, quant_type, blocksize, rows, columns = weight
-            absmax2, code, offset, blocksize2 = (None, None, None, 0) if nested is None else nested
-            out: Tensor = _OPS.matmul_4bit(
-                x, packed, absmax, absmax2, code, offset, quant_type, blocksize, blocksize2, rows, columns,
-                transposed, t, u, bias, values, grouped, length,
-            )  # fmt: skip
-            return out
+            tensors, spec = flatten4(weight)
+            return _OPS.matmul_4bit(  # type: ignore[no-any-return]
+                x, *tensors, *spec, transposed, t, u, bias, values, grouped, length
+            )
         return _OPS.matmul_dense(  # type: ignore[no-any-return]
             x, weight, transposed, t, u, bias, values, grouped, length
         )
@@ -495,7 +560,7 @@ def linear_4bit(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) 
     if not is_direct(x, bias) or type(weight.packed) not in PLAIN:
         tensors, spec = flatten_weight(weight)
         return _Linear4bitTraced.apply(x, bias, *tensors, spec)  # type: ignore[no-any-return,no-untyped-call]
-    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+    if needs_graph(x, bias):
         tensors, spec = flatten_weight(weight)
         return _Linear4bit.apply(x, bias, *tensors, spec)  # type: ignore[no-any-return,no-untyped-call]
     return _forward(False, x, weight.kernel_args, bias)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
 from typing import Any
 
 import torch
@@ -12,18 +11,20 @@ from peftkern import dispatch, reference
 from peftkern.backends import Call, Weight4
 from peftkern.formats import QuantizedWeight
 from peftkern.ops.linear import (
+    NO_WEIGHT,
     PLAIN,
     WeightSpec,
     as_rows,
-    autocast_dtype,
     base_matmul,
+    check_base,
+    check_dropout,
+    check_scaling,
     check_tensor,
-    check_x,
     flatten_weight,
-    is_autocast,
     is_direct,
     like_rows,
     matmul_row,
+    needs_graph,
     no_double_backward,
     refuse,
     sum_rows,
@@ -34,9 +35,6 @@ from peftkern.ops.linear import (
     dropout as apply_dropout,
 )
 from peftkern.reference import draw_seed
-
-_REAL: tuple[type, ...] = (float, int, numbers.Real)
-_FLOAT32_MAX = float(torch.finfo(torch.float32).max)
 
 
 def _alpha(scaling: float, p: float) -> float:
@@ -125,9 +123,6 @@ def _backward(ctx: Any, traced: bool, grad: Tensor) -> tuple[Any, ...]:
     return dx, dA, dB, dbias, dW
 
 
-_NO_TENSORS: tuple[None, ...] = (None,) * 5
-
-
 class _LoraLinear(torch.autograd.Function):
     """Direct."""
 
@@ -146,7 +141,7 @@ class _LoraLinear(torch.autograd.Function):
     ) -> Tensor:
         operand: Any = dense if quantized is None else quantized.kernel_args
         y, T = _forward(False, x, operand, A, B, bias, seed, scaling, p)
-        tensors, spec = (_NO_TENSORS, None) if quantized is None else flatten_weight(quantized)
+        tensors, spec = NO_WEIGHT if quantized is None else flatten_weight(quantized)
         _save(ctx, x, A, B, bias, dense, seed, tensors, spec, scaling, p, T)
         return y
 
@@ -192,20 +187,6 @@ class _LoraLinearTraced(torch.autograd.Function):
         return *_backward(ctx, True, grad), None, None, None, None, None, None, None, None, None
 
 
-def check_scaling(scaling: float) -> None:
-    if not isinstance(scaling, _REAL):
-        raise TypeError(f"scaling: expected a number, got {type(scaling).__name__}")
-    if not -_FLOAT32_MAX <= scaling <= _FLOAT32_MAX:
-        raise ValueError(f"scaling: expected a finite number in float32's range, got {scaling}")
-
-
-def check_dropout(dropout: float) -> None:
-    if not isinstance(dropout, _REAL):
-        raise TypeError(f"dropout: expected a number, got {type(dropout).__name__}")
-    if not 0.0 <= dropout <= 1.0:
-        raise ValueError(f"dropout: expected a probability in [0, 1], got {dropout}")
-
-
 def check_adapter(lora_A: Tensor, lora_B: Tensor, columns: int, rows: int, device: torch.device) -> None:
     if not isinstance(lora_A, Tensor) or lora_A.dim() != 2:
         refuse("lora_A", lora_A, f"shape [R, {columns}]", None, device)
@@ -224,23 +205,7 @@ def _check(
     dropout: float,
 ) -> torch.dtype:
     """Raises for anything that the op does not take; returns the dtype to compute in."""
-    if isinstance(weight, QuantizedWeight):
-        rows, columns = weight.shape
-        device = weight.packed.device
-        check_x(x, columns, device)
-        dtype = autocast_dtype(x)
-    elif isinstance(weight, Tensor):
-        if weight.dim() != 2:
-            refuse("weight", weight, "a QuantizedWeight or shape [N, K]", None, None)
-        rows, columns = weight.shape
-        device = weight.device
-        check_tensor("weight", weight, (rows, columns), device)
-        check_x(x, columns, device)
-        dtype = autocast_dtype(x)
-        if weight.dtype is not dtype and not is_autocast(x):
-            refuse("weight", weight, "", x.dtype, device)
-    else:
-        raise TypeError(f"weight: expected a tensor or a QuantizedWeight, got {type(weight).__name__}")
+    rows, columns, device, dtype = check_base(x, weight)
     check_adapter(lora_A, lora_B, columns, rows, device)
     if bias is not None:
         check_tensor("bias", bias, (rows,), device)
@@ -258,15 +223,16 @@ def lora_linear(
     bias: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Y = X Wᵀ + s · dropout(X) Aᵀ Bᵀ + b, the adapter added inside the frozen product: Y is written once.
+    """Y = X Wᵀ + s · dropout(X) Aᵀ Bᵀ + b, the adapter added inside the frozen product, which with a 4-bit W
+    writes Y once.
 
     x [..., K] fp32, bf16 or fp16, any strides, any batch shape, empty too; weight a dense [N, K] of x's dtype
     or a QuantizedWeight; lora_A [R, K], lora_B [N, R] and bias [N] of any of these dtypes (PEFT keeps
     adapters in fp32 beside a bf16 x). Returns [..., N] of x's dtype, contiguous.
 
-    T = s · dropout(X) Aᵀ is rounded to x's dtype; every sum runs in fp32. With a dense W, torch's own GEMM
-    adds to the addend, which costs one more rounding to x's dtype; its bits are torch's, and in fp32 they may
-    depend on the thread count, while with a QuantizedWeight they do not.
+    T = s · dropout(X) Aᵀ is rounded to x's dtype; every sum runs in fp32. With a dense W, the addend is
+    written to Y first and torch's own GEMM adds to it, which costs one more rounding to x's dtype; its bits
+    are torch's, and in fp32 they may depend on the thread count, while with a QuantizedWeight they do not.
 
     Backward, with G = s · dY B: dX = dY W + G A, dA = Gᵀ X, dB = dYᵀ T, dbias = Σ dY, each in its own
     parameter's dtype, and only those that are asked for. A QuantizedWeight is frozen; a dense W that requires
@@ -292,21 +258,14 @@ def lora_linear(
     else:
         quantized, dense = None, weight if weight.dtype is dtype else weight.to(dtype)
         direct = is_direct(x, lora_A, lora_B, bias, dense)
-    differentiable = torch.is_grad_enabled() and (
-        x.requires_grad
-        or lora_A.requires_grad
-        or lora_B.requires_grad
-        or (bias is not None and bias.requires_grad)
-        or (dense is not None and dense.requires_grad)
-    )
-    if direct and not differentiable:
+    if direct and not needs_graph(x, lora_A, lora_B, bias, dense):
         operand: Any = dense if quantized is None else quantized.kernel_args
         return _forward(False, x, operand, lora_A, lora_B, bias, seed, scaling, dropout)[0]
     if direct:
         return _LoraLinear.apply(  # type: ignore[no-any-return,no-untyped-call]
             x, lora_A, lora_B, bias, dense, seed, quantized, scaling, dropout
         )
-    tensors, spec = (_NO_TENSORS, None) if quantized is None else flatten_weight(quantized)
+    tensors, spec = NO_WEIGHT if quantized is None else flatten_weight(quantized)
     y, _ = _LoraLinearTraced.apply(  # type: ignore[no-untyped-call]
         x, lora_A, lora_B, bias, dense, seed, *tensors, spec, scaling, dropout
     )

@@ -19,19 +19,24 @@ from peftkern.backends import Call, Primitive, Spread, Weight4
 from peftkern.dispatch import find
 from peftkern.formats import QuantizedWeight
 from peftkern.ops.linear import (
+    NO_WEIGHT,
     PLAIN,
     WeightSpec,
     as_rows,
     autocast_dtype,
     base_matmul,
     base_matmul_into,
+    check_base,
+    check_scaling,
+    check_size,
     check_tensor,
     check_x,
+    flatten4,
     flatten_weight,
-    is_autocast,
     is_direct,
     like_rows,
     matmul_row,
+    needs_graph,
     no_double_backward,
     refuse,
     register,
@@ -39,15 +44,15 @@ from peftkern.ops.linear import (
     thin_matmul,
     weight4,
 )
-from peftkern.ops.lora import check_scaling
 from peftkern.reference import mora_kind
 
 _OPS: Any = torch.ops.peftkern
-_INTEGER: tuple[type, ...] = (int, torch.SymInt)
 
 # Every product with a base decodes or streams W anew: row blocks large enough to hide that.
 _ROWS_WITH_BASE = 384
-# What is made of some rows and used at once, in bytes: it stays in the threads' L2 caches.
+# Bytes of a part's middle in x's dtype and in fp32, small enough for the threads' L2 caches. Over a base the
+# fp32 one is the row block's, beside this; backward has the middle of both ends and, to turn it, one more in
+# fp32, at most twice as much in all.
 _SCRATCH = 1 << 21
 
 
@@ -125,13 +130,28 @@ def _split(rows: int, most: int) -> int:
     return -(-rows // -(-rows // most))
 
 
-def _block_rows(x: Tensor, width: int, based: bool) -> tuple[int, int]:
-    """Rows of a row block, for the product with the base, and of a part of it, for what is before that. x's
-    shape and dtype alone decide, so that dM's sum over parts has the same bits for any number of threads."""
-    rows = max(1, x.shape[0])
-    most = max(1, _SCRATCH // (width * (x.element_size() + 4)))
-    step = _split(rows, _ROWS_WITH_BASE if based else most)
-    return step, _split(step, most)
+class _Block(NamedTuple):
+    """Rows that go through the product with the base at once, and their parts (start, rows), each of which
+    goes through what is before it at once."""
+
+    start: int
+    rows: int
+    parts: list[tuple[int, int]]
+
+
+def _row_blocks(x: Tensor, width: int, based: bool) -> list[_Block]:
+    """The first block, and a block's first part, is the largest. Without a base every part is a block.
+
+    dM is a sum over parts: x's shape and dtype alone decide them, so that its bits are the same for any
+    number of threads, and whether the base takes part in the pass (for dX) or not."""
+    step = _split(max(1, x.shape[0]), _ROWS_WITH_BASE)
+    part = _split(step, max(1, _SCRATCH // (width * (x.element_size() + 4))))
+    blocks = []
+    for start in range(0, x.shape[0], step):
+        rows = min(step, x.shape[0] - start)
+        parts = [(at, min(part, start + rows - at)) for at in range(start, start + rows, part)]
+        blocks += [_Block(start, rows, parts)] if based else [_Block(*one, [one]) for one in parts]
+    return blocks
 
 
 def _cut(tensor: Tensor, start: int, rows: int) -> Tensor:
@@ -164,19 +184,20 @@ def _blocks(
 ) -> Tensor:
     """x Wᵀ + bias + scaling · mora(x), [M, outputs]."""
     size, out = matrix.shape[0], x.new_empty(x.shape[0], outputs)
+    if not x.shape[0]:
+        return out
     plan = _plan(6 if rotated else "decoupling", size, x.shape[1], outputs)
     width = plan.blocks * size  # P
     row, compress = find("matmul", x.device, x.dtype), find("compress", x.device, x.dtype)
     table = _rotation(size, plan.blocks, x.device) if rotated else None
-    step, part = _block_rows(x, width, weight is not None)
-    middle, values = x.new_empty(part, width), x.new_empty(step, width, dtype=torch.float32)
-    for start in range(0, x.shape[0], step):
-        rows = min(step, x.shape[0] - start)
+    blocks = _row_blocks(x, width, weight is not None)
+    middle = x.new_empty(blocks[0].parts[0][1], width)
+    values = x.new_empty(blocks[0].rows, width, dtype=torch.float32)
+    for start, rows, parts in blocks:
         X, V = _cut(x, start, rows), _cut(values, 0, rows)
-        for at in range(0, rows, part):
-            some = min(part, rows - at)
-            a, v = _cut(middle, 0, some), _cut(V, at, some)
-            compress(a, _cut(X, at, some), *plan.inner, table, False)
+        for at, some in parts:
+            a, v = _cut(middle, 0, some), _cut(V, at - start, some)
+            compress(a, _cut(x, at, some), *plan.inner, table, False)
             row(v.view(-1, size), a.view(-1, size), matrix, False, scaling, None, None, None)
         _finish(row, _cut(out, start, rows), X, weight, False, bias, (V, *plan.outer))
     return out
@@ -200,33 +221,33 @@ def _blocks_backward(
     plan = _plan(6 if rotated else "decoupling", size, inputs, dY.shape[1])
     width = plan.blocks * size
     row, compress = find("matmul", dY.device, dY.dtype), find("compress", dY.device, dY.dtype)
-    unrotate = find("compress", dY.device, torch.float32)
     table = _rotation(size, plan.blocks, dY.device) if rotated else None
-    step, part = _block_rows(dY, width, weight is not None and matrix is not None)
-    outer = dY.new_empty(part, width)
+    blocks = _row_blocks(dY, width, weight is not None and matrix is not None)
+    outer = dY.new_empty(blocks[0].parts[0][1], width)
     inner = None if x is None else torch.empty_like(outer)
-    values = None if matrix is None else dY.new_empty(step, width, dtype=torch.float32)
-    turned = None if matrix is None or table is None else torch.empty_like(outer, dtype=torch.float32)
+    values = None if matrix is None else dY.new_empty(blocks[0].rows, width, dtype=torch.float32)
+    turned = unrotate = None
+    if matrix is not None and table is not None:
+        turned = torch.empty_like(outer, dtype=torch.float32)
+        unrotate = find("compress", dY.device, torch.float32)
     term = dM
-    for start in range(0, dY.shape[0], step):
-        rows = min(step, dY.shape[0] - start)
-        for at in range(start, start + rows, part):
-            some = min(part, start + rows - at)
+    for start, rows, parts in blocks:
+        for at, some in parts:
             g = _cut(outer, 0, some)
             compress(g, _cut(dY, at, some), *plan.outer, None, False)
             if x is not None and inner is not None:
                 a = _cut(inner, 0, some)
                 compress(a, _cut(x, at, some), *plan.inner, table, False)
+                if at and term is dM:
+                    term = torch.empty_like(dM)
                 row(term, g.view(-1, size).t(), a.view(-1, size), True, scaling, None, None, None)
                 if at:
                     dM.add_(term)
-                else:
-                    term = torch.empty_like(dM)
             if matrix is not None and values is not None:
                 v = _cut(values, at - start, some)
                 u = v if turned is None else _cut(turned, 0, some)
                 row(u.view(-1, size), g.view(-1, size), matrix, True, scaling, None, None, None)
-                if turned is not None:
+                if unrotate is not None:
                     unrotate(v, u, False, width, table, True)
         if values is not None:
             D, V = _cut(dY, start, rows), _cut(values, 0, rows)
@@ -249,9 +270,8 @@ def _flat(weight: Weight4 | Tensor | None) -> tuple[Any, ...]:
     """dense, packed, absmax, absmax2, code, offset, quant_type, blocksize, blocksize2, rows, columns."""
     if not isinstance(weight, tuple):
         return weight, None, None, None, None, None, "", 0, 0, 0, 0
-    packed, absmax, nested, *spec, rows, columns = weight
-    absmax2, code, offset, blocksize2 = (None, None, None, 0) if nested is None else nested
-    return None, packed, absmax, absmax2, code, offset, *spec, blocksize2, rows, columns
+    tensors, spec = flatten4(weight)
+    return None, *tensors, *spec
 
 
 def _unflat(dense: Tensor | None, packed: Tensor | None, *rest: Any) -> Weight4 | Tensor | None:
@@ -417,9 +437,6 @@ def _backward(ctx: Any, traced: bool, grad: Tensor) -> tuple[Any, ...]:
     return dx, dM, dbias, dW
 
 
-_NO_TENSORS: tuple[None, ...] = (None,) * 5
-
-
 class _MoraLinear(torch.autograd.Function):
     """Direct."""
 
@@ -438,7 +455,7 @@ class _MoraLinear(torch.autograd.Function):
         weight: Any = dense if quantized is None else quantized.kernel_args
         y, z = _forward(False, x, matrix, bias, weight, outputs, kind, scaling)
         ctx.op = "mora" if weight is None else "mora_linear"
-        tensors, spec = (_NO_TENSORS, None) if quantized is None else flatten_weight(quantized)
+        tensors, spec = NO_WEIGHT if quantized is None else flatten_weight(quantized)
         _save(ctx, x, matrix, bias, dense, tensors, spec, kind, scaling, z)
         return y
 
@@ -503,17 +520,12 @@ def _apply(
         quantized, dense = None, weight if weight is None or weight.dtype is x.dtype else weight.to(x.dtype)
         direct = is_direct(x, matrix, bias, dense)
     if not direct:
-        tensors, spec = (_NO_TENSORS, None) if quantized is None else flatten_weight(quantized)
+        tensors, spec = NO_WEIGHT if quantized is None else flatten_weight(quantized)
         y, *_ = _MoraLinearTraced.apply(  # type: ignore[no-untyped-call]
             x, matrix, bias, dense, *tensors, spec, outputs, kind, scaling
         )
         return y  # type: ignore[no-any-return]
-    if torch.is_grad_enabled() and (
-        x.requires_grad
-        or matrix.requires_grad
-        or (bias is not None and bias.requires_grad)
-        or (dense is not None and dense.requires_grad)
-    ):
+    if needs_graph(x, matrix, bias, dense):
         return _MoraLinear.apply(  # type: ignore[no-any-return,no-untyped-call]
             x, matrix, bias, dense, quantized, outputs, kind, scaling
         )
@@ -522,13 +534,6 @@ def _apply(
 
 
 # ---- the public ops
-
-
-def _check_features(name: str, value: int, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, _INTEGER):
-        raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
-    if value < least:
-        raise ValueError(f"{name}: expected at least {least}, got {value}")
 
 
 def check_matrix(matrix: Tensor, kind: int | str, device: torch.device) -> None:
@@ -546,11 +551,11 @@ def mora_rank(in_features: int, out_features: int, r: int, mora_type: int | str 
     """r̂ = ⌊√((I + O) r) + ½⌋: the size of the square matrix with about the parameters of a LoRA of rank r.
 
     For type 6 ("rotation") the even number 2 ⌊r̂ / 2⌋. At least 1, and 2 for type 6. in_features, out_features
-    and r are integers of at least 1; raises TypeError or ValueError naming the argument. Source: the MoRA
+    and r are integers from 1 to 2⁴⁸; raises TypeError or ValueError naming the argument. Source: the MoRA
     authors' code (github.com/kongds/MoRA).
     """
     for name, value in (("in_features", in_features), ("out_features", out_features), ("r", r)):
-        _check_features(name, value, 1)
+        check_size(name, value, 1)
     return reference.mora_rank(in_features, out_features, r, mora_type)
 
 
@@ -562,7 +567,7 @@ def _check_mora(
         refuse("x", x, "shape [..., I]", None, None)
     check_x(x, x.shape[-1], x.device)
     check_matrix(matrix, kind, x.device)
-    _check_features("out_features", out_features, 0)
+    check_size("out_features", out_features, 0)
     return autocast_dtype(x), kind
 
 
@@ -570,7 +575,7 @@ def mora(x: Tensor, matrix: Tensor, out_features: int, mora_type: int | str = 1)
     """Y = decompress(compress(X) Mᵀ): a square matrix as a linear layer from I to O features.
 
     x [..., I] fp32, bf16 or fp16, any strides, any batch shape, empty too; matrix M [r̂, r̂], r̂ ≥ 1, of any of
-    these dtypes. Returns [..., O = out_features] of x's dtype, contiguous. For every I, O and r̂; with
+    these dtypes. Returns [..., O = out_features ≤ 2⁴⁸] of x's dtype, contiguous. For every I, O and r̂; with
     n = ⌈I / r̂⌉, x̃[p] = x[p mod I] for p < n r̂, g(i) the group of i in r̂ contiguous groups (the first ones
     longer by one where they cannot be equal) and u = z Mᵀ:
 
@@ -590,12 +595,14 @@ def mora(x: Tensor, matrix: Tensor, out_features: int, mora_type: int | str = 1)
     Backward, with g the compression of dY as y's spreading has it: dX = the spreading of g M as x's
     compression has it, dM = Σ gᵀ z over the rows, in M's dtype; only what is asked for. Saved: z [M, r̂], not
     x, and M; for 6 and "decoupling" with n > 1, x by reference and M, and what lies between, as wide as x, is
-    made anew for some rows at a time, in both directions. First derivatives in reverse mode only: double
-    backward and forward mode raise RuntimeError. Under torch.autocast x is cast as F.linear casts it.
+    made for some rows at a time, in at most 2 MB, and anew in backward, in at most 4 MB (one row at a time
+    where that is more). First derivatives in reverse mode only: double backward and forward mode raise
+    RuntimeError. Under torch.autocast x is cast as F.linear casts it.
 
     Raises TypeError or ValueError naming the argument; RuntimeError when a forced backend cannot run the
     call. Method: MoRA, Jiang et al., arXiv 2405.12130; the types' numbers are those of its authors' code
-    (github.com/kongds/MoRA), which fails where r̂ > I (types 1, 4, 6): here x is repeated further.
+    (github.com/kongds/MoRA), whose forward fails where x's padding is longer than x, r̂ > 2 I (types 1, 4, 6):
+    here x is repeated further.
     """
     dtype, kind = _check_mora(x, matrix, out_features, mora_type)
     if dtype is not x.dtype:
@@ -621,23 +628,7 @@ def _check_linear(
 ) -> tuple[torch.dtype, int | str]:
     """Raises for anything that the op does not take; returns the dtype to compute in and the type's name."""
     kind = mora_kind(mora_type)
-    if isinstance(weight, QuantizedWeight):
-        rows, columns = weight.shape
-        device = weight.packed.device
-        check_x(x, columns, device)
-        dtype = autocast_dtype(x)
-    elif isinstance(weight, Tensor):
-        if weight.dim() != 2:
-            refuse("weight", weight, "a QuantizedWeight or shape [N, K]", None, None)
-        rows, columns = weight.shape
-        device = weight.device
-        check_tensor("weight", weight, (rows, columns), device)
-        check_x(x, columns, device)
-        dtype = autocast_dtype(x)
-        if weight.dtype is not dtype and not is_autocast(x):
-            refuse("weight", weight, "", x.dtype, device)
-    else:
-        raise TypeError(f"weight: expected a tensor or a QuantizedWeight, got {type(weight).__name__}")
+    rows, _, device, dtype = check_base(x, weight)
     check_matrix(matrix, kind, device)
     check_scaling(scaling)
     if bias is not None:
@@ -653,23 +644,27 @@ def mora_linear(
     scaling: float = 1.0,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """Y = X Wᵀ + s · mora(X) + b, the adapter added in the epilogue of the frozen product: Y is written once.
+    """Y = X Wᵀ + s · mora(X) + b, the adapter added in the epilogue of the frozen product, which with a 4-bit
+    W writes Y once.
 
-    x [..., K] fp32, bf16 or fp16, any strides, any batch shape, empty too; weight a dense [N, K] of x's dtype
-    or a QuantizedWeight; matrix [r̂, r̂] and bias [N] of any of these dtypes. Returns [..., N] of x's dtype,
-    contiguous. mora_type and the formula of each type: `mora`, with I = K and O = N.
+    x [..., K] fp32, bf16 or fp16, any strides, any batch shape, empty too (copied where its strides allow no
+    view of it as rows); weight a dense [N, K] of x's dtype or a QuantizedWeight; matrix [r̂, r̂] and bias [N]
+    of any of these dtypes. Returns [..., N] of x's dtype, contiguous. mora_type and the formula of each type:
+    `mora`, with I = K and O = N.
 
-    The roundings are those of `mora`, with one of Y at the end. With a dense W, torch's own GEMM adds to the
-    addend, which costs one more rounding to x's dtype; its bits are torch's, and in fp32 they may depend on
-    the thread count, while with a QuantizedWeight they do not.
+    The roundings are those of `mora`, with one of Y at the end. With a dense W, the addend is written to Y
+    first and torch's own GEMM adds to it, which costs one more rounding to x's dtype; its bits are torch's,
+    and in fp32 they may depend on the thread count, while with a QuantizedWeight they do not.
 
     Backward: dX = dY W + s · spread(g M), dM = s · Σ gᵀ z (g, z: `mora`), dbias = Σ dY, each in its own
     parameter's dtype, and only those that are asked for. A QuantizedWeight is frozen; a dense W that requires
     grad gets dW = dYᵀ X. Saved: z [M, r̂], M and the weight by reference, never a dequantized W, and x only
-    for a dense W that requires grad; for type 6 and "decoupling" with K > r̂, x by reference instead of z,
-    and both passes go through row blocks of at most 384 rows. First derivatives in reverse mode only: double
-    backward and forward mode raise RuntimeError. Under torch.autocast x and a dense W are cast as F.linear
-    casts them; the matrix is brought to that dtype inside the product and keeps its own for its gradient.
+    for a dense W that requires grad; for type 6 and "decoupling" with K > r̂, x by reference instead of z, and
+    both passes go through row blocks: u, as wide as x and in fp32, exists for at most 384 rows at a time (for
+    all where there are fewer), beside at most 1 MB of what else lies between, 3 MB in backward (or one row of
+    it, where that is more). First derivatives in reverse mode only: double backward and forward mode raise
+    RuntimeError. Under torch.autocast x and a dense W are cast as F.linear casts them; the matrix is brought
+    to that dtype inside the product and keeps its own for its gradient.
 
     Raises TypeError or ValueError naming the argument; RuntimeError when a forced backend cannot run the
     call. Method: MoRA, Jiang et al., arXiv 2405.12130, whose scaling is 1; QLoRA, Dettmers et al., arXiv
@@ -704,8 +699,8 @@ def _check_delta(matrix: Tensor, in_features: int, out_features: int, mora_type:
     if not isinstance(matrix, Tensor):
         refuse("matrix", matrix, "shape [r̂, r̂], r̂ ≥ 1", None, None)
     check_matrix(matrix, kind, matrix.device)
-    _check_features("in_features", in_features, 0)
-    _check_features("out_features", out_features, 0)
+    check_size("in_features", in_features, 0)
+    check_size("out_features", out_features, 0)
     return kind
 
 
