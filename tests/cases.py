@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import peftkern
-from peftkern import QuantizedWeight
+from peftkern import QuantizedWeight, mora, mora_linear
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LAYOUTS = ("contiguous", "transposed", "sliced", "strided rows", "expanded", "batched")
@@ -209,3 +209,59 @@ def mora_operands(case: MoraCase) -> MoraOperands:
         bias=bias,
         grad=laid_out(torch.randn(case.M, outputs).to(case.dtype), case.grad_layout),
     )
+
+
+Weight = Tensor | QuantizedWeight | None
+MORA_K, MORA_N, MORA_R = 40, 56, 10
+
+
+def mora_base(
+    kind: str, dtype: torch.dtype = torch.float32, outputs: int = MORA_N, columns: int = MORA_K
+) -> Weight:
+    """W: "plain" or "nested" in 4 bits, "dense", or "none"."""
+    if kind == "none":
+        return None
+    W = torch.randn(outputs, columns).to(dtype)
+    return W if kind == "dense" else peftkern.quantize_4bit(W, double_quant=kind == "nested")
+
+
+def mora_inputs(
+    M: int = 6,
+    dtype: torch.dtype = torch.float32,
+    columns: int = MORA_K,
+    outputs: int = MORA_N,
+    size: int = MORA_R,
+) -> dict[str, Tensor]:
+    return {
+        "x": torch.randn(M, columns).to(dtype).requires_grad_(),
+        "matrix": torch.randn(size, size).requires_grad_(),
+        "bias": torch.randn(outputs).requires_grad_(),
+    }
+
+
+def mora_inputs_of(o: dict[str, Tensor], weight: Weight) -> dict[str, Tensor]:
+    """Those that take part: without a base there is no bias."""
+    return {name: tensor for name, tensor in o.items() if weight is not None or name != "bias"}
+
+
+def mora_run(
+    o: dict[str, Tensor],
+    weight: Weight,
+    mora_type: int | str,
+    outputs: int = MORA_N,
+    scaling: float = 0.75,
+) -> Tensor:
+    """mora where there is no base, else mora_linear."""
+    if weight is None:
+        return mora(o["x"], o["matrix"], outputs, mora_type)
+    return mora_linear(o["x"], weight, o["matrix"], mora_type, scaling, o.get("bias"))
+
+
+def mora_step(
+    o: dict[str, Tensor], weight: Weight, mora_type: int | str, grad: Tensor, scaling: float = 0.75
+) -> dict[str, Tensor]:
+    """y and every gradient."""
+    y = mora_run(o, weight, mora_type, grad.shape[-1], scaling)
+    inputs = mora_inputs_of(o, weight)
+    found = torch.autograd.grad(y, list(inputs.values()), grad)
+    return {"y": y.detach(), **dict(zip(inputs, found, strict=True))}
