@@ -4,7 +4,8 @@
 //     C[i, j] += sum_p A[i, p] B[p, j]        A: rows, each with its contraction contiguous
 //                                             B: kPair-interleaved rows, [p / kPair][j][kPair]
 // and the weight stands on one side or the other:
-//     4-bit, plain   A = rows o of W,  B = x packed once per call,  C = outᵀ      the decoded W stays row-major
+//     4-bit, plain   A = rows o of W,  B = x packed once per call,  C = outᵀ      W stays row-major; so does a dense W
+//                                                                                 for few rows of x
 //     else           A = rows m of x,  B = W's columns c in pairs,  C = out       x is read where it lies, if it can be
 // The addend is a last chunk of the contraction (x continues with t, W with u), so it costs rank / inner and
 // no pass over out. W is decoded one panel at a time into a buffer that fits the L2 cache and serves every
@@ -52,7 +53,7 @@ class Matmul {
       : p(params), table(code_registers(code_table(p.weight4.quant_type))) {
     const bool four_bit = p.weight4.packed != nullptr;
     const bool reordered = four_bit && K::reorders(p);
-    x_rows = p.transposed || !four_bit;
+    x_rows = p.transposed || (!four_bit && p.rows > kFewRows);
     const int64_t align = x_rows ? K::kAlignTransposed : (reordered ? K::kGroup : K::kAlignPlain);
     const Matrix dense = p.transposed ? transposed(p.dense) : p.dense;
     segments[0] = segment(p.x, dense, four_bit, reordered, p.inner, align);
@@ -418,6 +419,8 @@ class Matmul {
     }
   }
 
+  static constexpr int64_t kFewRows =
+      32;  // for these it is dearer to bring a plain W into pairs than to pack x
   static constexpr int64_t kRowsToReadW = 64;  // of x: fewer cost less than bringing W into pairs once more
 
   const MatmulParams& p;
