@@ -180,7 +180,7 @@ class Epilogue {
     constexpr bool kAdded = !std::is_same_v<Added, Nothing>;
     const Vec alpha = set1(p.alpha);
     // `some`: nothing, or how many elements there are
-    const auto value = [&](int64_t i, auto... some) {
+    const auto value = [&](int64_t i, auto... some) __attribute__((always_inline)) {
       const auto read = [&](const float* from) {
         if constexpr (sizeof...(some)) {
           return load_n(from, some...);
