@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from peftkern.backends import Backend, Call, Primitive, cpu, reference, unavailable
+from peftkern.backends import Backend, Call, Primitive, cpu, reference, triton, unavailable
 
-BACKENDS: tuple[Backend, ...] = (cpu.BACKEND, reference.BACKEND)  # best first
+BACKENDS: tuple[Backend, ...] = (cpu.BACKEND, triton.BACKEND, reference.BACKEND)  # best first
 
 # op name → the primitives that a call with these arguments would need; filled by the ops' own files
 CALLS: dict[str, Callable[..., tuple[Call, ...]]] = {}
@@ -92,7 +92,7 @@ def forced_backend() -> str | None:
 
 @contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
-    """Run every op inside the block on backend `name` ("cpu", "reference"), or raise where it cannot run one.
+    """Run every op inside the block on backend `name` ("cpu", "triton", "reference"), or raise where it cannot run one.
 
     None restores the automatic choice. It holds for the current thread (or asyncio task) and nests. A
     backward pass chooses where it runs: call it inside the block too. Raises ValueError for an unknown name.

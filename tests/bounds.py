@@ -15,8 +15,9 @@ of a mean over count elements, less that margin (where elements share errors, co
 
 What a correct kernel may do, and nothing more:
 
-- operands: brought to the compute type, bf16 for bf16 x and fp32 for fp32 and fp16 x. A 4-bit weight is the
-  fp32 product code · absmax, rounded to bf16 for bf16 x; or the rounded code with absmax folded in
+- operands: brought to the compute type, bf16 for bf16 x and fp32 for fp32 and fp16 x, but fp16 for fp16 x on
+  a GPU, whose tensor cores multiply it by its like. A 4-bit weight is the fp32 product code · absmax,
+  rounded to the compute type; or the rounded code with absmax folded in
   afterwards, which costs two more fp32 roundings;
 - sums: fp32, in any order, fused or not: n terms cost at most γ_n = n u / (1 - n u) of Σ|terms| (Higham,
   Accuracy and Stability of Numerical Algorithms, §3.1); typically √n u/√3 of the partial sums, which for
@@ -37,7 +38,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from peftkern import QuantizedWeight, reference
+from peftkern import QuantizedWeight, dispatch, reference
 
 UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float64: 2.0**-53}
 # half the spacing of the smallest numbers, or what may be flushed
@@ -75,18 +76,20 @@ def exact(tensor: Tensor) -> Approx:
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    if dtype == torch.float16 and dispatch.forced_backend() == "triton":
+        return torch.float16
     return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
 
 
 def operand(tensor: Tensor | QuantizedWeight, compute: torch.dtype) -> Approx:
     """A matrix as the kernel multiplies it."""
     if isinstance(tensor, QuantizedWeight):
-        folded = UNIT[compute] * (compute is torch.bfloat16) + 2.0 * U32
-        return exact(reference.dequantize_4bit(tensor, torch.float32)).plus(folded)
+        value = exact(reference.dequantize_4bit(tensor, torch.float32)).plus(2.0 * U32)
+        return value if compute is torch.float32 else value.rounded(compute)
     fits = tensor.dtype == compute or (
         compute == torch.float32 and tensor.dtype in (torch.bfloat16, torch.float16)
     )
-    return exact(tensor) if fits else exact(tensor).plus(UNIT[compute])
+    return exact(tensor) if fits else exact(tensor).rounded(compute)
 
 
 def matmul(

@@ -10,7 +10,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 import peftkern
-from peftkern.backends import cpu
+from peftkern.backends import cpu, triton
 
 ISAS: list[str] = [] if cpu.missing() is not None else cpu._cpu.isa_levels()
 
@@ -19,6 +19,12 @@ settings.register_profile(
     "peftkern", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 settings.load_profile("peftkern")
+
+BACKENDS = ["reference", *(f"cpu-{isa}" for isa in ISAS)]
+if triton.INTERPRETED:
+    if triton.missing() is not None:
+        raise pytest.UsageError(f"TRITON_INTERPRET=1, but {triton.missing()}")
+    BACKENDS.append("triton")
 
 
 def pytest_report_header() -> str:
@@ -46,9 +52,9 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
-@pytest.fixture(params=["reference", *(f"cpu-{isa}" for isa in ISAS)])
+@pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each backend, forced; the cpu one at each level."""
+    """Each backend, forced; the cpu one at each level, the triton one under TRITON_INTERPRET=1."""
     name, _, level = request.param.partition("-")
     with peftkern.use_backend(name):
         if level:

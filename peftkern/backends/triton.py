@@ -1,0 +1,195 @@
+"""Triton kernels (triton_kernels/) for CUDA tensors of compute capability 8.0 and up.
+
+With TRITON_INTERPRET=1 in the environment it takes CPU tensors instead, through Triton's interpreter: slow, for
+tests. Triton is imported by the first call that needs it, so that a machine without a GPU never pays for it.
+
+Above a number of rows (triton_kernels/choices.py) a 4-bit W is dequantized into a scratch buffer, which torch's
+allocator takes back when the call ends, and cuBLAS adds the product onto the addend.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+from contextlib import nullcontext
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from peftkern.backends import Backend, Call, Spread, Weight4
+
+if TYPE_CHECKING:
+    from peftkern.triton_kernels.launch import Launch, Machine
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+OLDEST = (3, 6)
+
+
+@cache
+def missing() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install peftkern[triton])"
+    version = importlib.metadata.version("triton")
+    found = tuple(int(part) for part in version.split("+")[0].split(".")[:2])
+    if found < OLDEST:
+        return f"it needs triton {OLDEST[0]}.{OLDEST[1]} or newer, this is {version}"
+    return None
+
+
+def supports(call: Call) -> str | None:
+    kind = call.device.type
+    if INTERPRETED and kind != "cpu":
+        return f"TRITON_INTERPRET=1: it runs tensors on cpu, these are on {call.device}"
+    if not INTERPRETED and kind != "cuda":
+        return f"it runs tensors on cuda, these are on {call.device}"
+    if call.dtype not in _DTYPES:
+        return f"it takes float32, bfloat16 and float16, this is {str(call.dtype).removeprefix('torch.')}"
+    if kind == "cuda":
+        if torch.version.hip is not None:
+            return "it is for NVIDIA GPUs, this torch is built for ROCm"
+        machine = _machine(call.device)
+        if machine.capability < 80:
+            return f"it needs compute capability 8.0, {call.device} has {machine.capability / 10:.1f}"
+    return None
+
+
+def detail(call: Call) -> str:
+    if INTERPRETED:
+        return "Triton's interpreter"
+    from peftkern.triton_kernels import choices
+
+    machine = _machine(call.device)
+    text = f"Triton, sm_{machine.capability}"
+    if call.primitive == "matmul_dense":
+        return f"cuBLAS, the addend by {text}"
+    if call.primitive == "matmul" and call.dtype != torch.float32:
+        limit = choices.of(choices.CROSSOVER, machine)
+        return f"{text}; a 4-bit W fused below {limit} rows, dequantized for cuBLAS from there on"
+    return text
+
+
+@cache
+def _machine(device: torch.device) -> Machine:
+    from peftkern.triton_kernels.launch import INTERPRETED as interpreted
+    from peftkern.triton_kernels.launch import Machine
+
+    if device.type != "cuda":
+        return interpreted
+    properties: Any = torch.cuda.get_device_properties(device)
+    return Machine(properties.major * 10 + properties.minor, properties.multi_processor_count)
+
+
+def _run(launches: list[Launch], device: torch.device) -> None:
+    """On the caller's current stream of `device`, whichever device is current."""
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    with torch.cuda.device(device) if elsewhere else nullcontext():
+        for launch in launches:
+            launch.run()
+
+
+def matmul(
+    out: Tensor,
+    x: Tensor,
+    weight: Weight4 | Tensor,
+    transposed: bool = False,
+    alpha: float = 1.0,
+    t: Tensor | None = None,
+    u: Tensor | None = None,
+    bias: Tensor | None = None,
+    spread: Spread | None = None,
+) -> None:
+    from peftkern.triton_kernels import choices
+    from peftkern.triton_kernels import matmul as kernels
+
+    machine = _machine(x.device)
+    if (
+        not isinstance(weight, Tensor)
+        and alpha == 1.0
+        and out.dtype == x.dtype
+        and x.dtype != torch.float32
+        and x.shape[0] >= choices.of(choices.CROSSOVER, machine)
+    ):
+        scratch = x.new_empty(weight[5], weight[6])
+        dequantize(scratch, weight)
+        matmul_dense(out, x, scratch, transposed, t, u, bias, spread)
+        return
+    _run(kernels.plan(machine, out, x, weight, transposed, alpha, t, u, bias, spread), x.device)
+
+
+def matmul_dense(
+    out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    transposed: bool = False,
+    t: Tensor | None = None,
+    u: Tensor | None = None,
+    bias: Tensor | None = None,
+    spread: Spread | None = None,
+) -> None:
+    w = weight if transposed else weight.t()
+    if t is None and spread is None:
+        if bias is None:
+            torch.mm(x, w, out=out)
+        else:
+            torch.addmm(bias.to(x.dtype), x, w, out=out)
+        return
+    # the addend first, in one thin pass; the GEMM then adds to it in its own epilogue
+    if t is None or u is None:
+        t, u = x[:, :0], weight.new_empty(out.shape[1], 0)
+    matmul(out, t, u, False, 1.0, None, None, bias, spread)
+    out.addmm_(x, w)
+
+
+def compress(
+    out: Tensor,
+    x: Tensor,
+    grouped: bool,
+    length: int,
+    rotation: Tensor | None = None,
+    inverse: bool = False,
+) -> None:
+    from peftkern.triton_kernels import compress as kernels
+
+    if x.shape[1] == 0:
+        out.zero_()
+        return
+    _run(kernels.plan(out, x, grouped, length, rotation, inverse), x.device)
+
+
+def dequantize(out: Tensor, weight: Weight4) -> None:
+    from peftkern.triton_kernels import dequantize as kernels
+
+    _run(kernels.plan(out, weight), out.device)
+
+
+def quantize(weight: Tensor, packed: Tensor, absmax: Tensor, quant_type: str, blocksize: int) -> None:
+    from peftkern.triton_kernels import quantize as kernels
+
+    _run(kernels.plan(weight, packed, absmax, quant_type, blocksize), weight.device)
+
+
+def dropout(out: Tensor, x: Tensor, p: float, seed: Tensor) -> None:
+    from peftkern.reference import keep_threshold
+    from peftkern.triton_kernels import dropout as kernels
+
+    _run(kernels.plan(out, x, keep_threshold(p), seed), x.device)
+
+
+BACKEND = Backend(
+    name="triton",
+    rows={
+        "matmul": matmul,
+        "matmul_dense": matmul_dense,
+        "compress": compress,
+        "dequantize": dequantize,
+        "quantize": quantize,
+        "dropout": dropout,
+    },
+    supports=supports,
+    detail=detail,
+    missing=missing,
+)

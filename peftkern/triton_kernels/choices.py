@@ -1,0 +1,96 @@
+"""Every choice by shape in one place: tiles, splits, and from which M on a dequantized W and cuBLAS take over.
+
+None of it has run on a GPU yet. The tiles are those whose machine code has no spill and takes W from registers
+(python -m bench.compile_report); the crossover is the one that the floors of an H200 give: beyond it, decoding W
+anew for each tile of rows costs more than writing and reading a decoded copy of it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, TypeVar
+
+from peftkern.triton_kernels.launch import Machine
+
+
+class Tile(NamedTuple):
+    outputs: int  # rows of the left operand, which is W
+    rows: int  # rows of x
+    inner: int  # of a step
+    warps: int
+    stages: int
+
+
+# capability → (up to which M, tile), ascending; of the tiles for the largest M, the first that fills the machine
+Rows = tuple[tuple[int, tuple[Tile, ...]], ...]
+ANY = 1 << 62
+WORDS: dict[int, Rows] = {
+    90: (
+        (16, (Tile(64, 16, 64, 4, 4),)),
+        (32, (Tile(64, 32, 64, 4, 4),)),
+        (64, (Tile(128, 64, 64, 4, 4),)),
+        (ANY, (Tile(256, 128, 64, 8, 4), Tile(128, 128, 64, 8, 4))),
+    ),
+    80: (
+        (16, (Tile(64, 16, 64, 4, 4),)),
+        (32, (Tile(64, 32, 64, 4, 4),)),
+        (ANY, (Tile(128, 64, 64, 4, 3),)),
+    ),
+}
+# a warp's four weights of a half lie in rows 8 and outputs / 2 apart: so many outputs for so many warps
+WORDS_TRANSPOSED: dict[int, Rows] = {
+    90: (
+        (16, (Tile(128, 16, 64, 4, 4),)),
+        (32, (Tile(128, 32, 64, 4, 4),)),
+        (64, (Tile(128, 64, 64, 4, 4),)),
+        (ANY, (Tile(256, 128, 64, 8, 4), Tile(128, 128, 64, 4, 4))),
+    ),
+    80: (
+        (16, (Tile(128, 16, 64, 4, 4),)),
+        (32, (Tile(128, 32, 64, 4, 4),)),
+        (ANY, (Tile(128, 64, 64, 4, 3),)),
+    ),
+}
+# any N, K, address: right, not fast
+BYTES = Tile(64, 32, 32, 4, 2)
+# fp32 without tensor cores
+FLOAT32 = Tile(64, 32, 32, 4, 2)
+
+# a dense W, one side of the product a rank
+THIN_OUTPUTS = Tile(16, 64, 128, 4, 3)  # x Aᵀ: few outputs, a long sum
+THIN_ROWS = Tile(64, 16, 64, 4, 3)  # tᵀ x: few rows
+THIN_FLOAT32 = Tile(32, 32, 32, 4, 2)
+
+# from this M on: dequantize into a scratch buffer, then cuBLAS adds onto the addend
+CROSSOVER: dict[int, int] = {90: 2048, 80: 1024}
+
+GROUP = 8  # tiles of rows that pass over W together, while its bytes lie in L2
+MAX_SPLITS = 16  # of a sum too long for the few tiles there are
+MIN_STEPS = 4  # of a split
+
+_Choice = TypeVar("_Choice")
+
+
+def of(table: dict[int, _Choice], machine: Machine) -> _Choice:
+    """The row of the newest capability that the machine has."""
+    return table[max(capability for capability in table if capability <= machine.capability)]
+
+
+def tiles(tile: Tile, rows: int, outputs: int) -> int:
+    return -(-rows // tile.rows) * -(-outputs // tile.outputs)
+
+
+def splits(tile: Tile, rows: int, outputs: int, inner: int, machine: Machine) -> int:
+    """Into how many parts the sum is cut: where less than half of the machine had a tile."""
+    steps = -(-inner // tile.inner)
+    wanted = machine.processors // max(tiles(tile, rows, outputs), 1)
+    return max(1, min(wanted, MAX_SPLITS, steps // MIN_STEPS))
+
+
+def words_tile(rows: int, outputs: int, blocksize: int, transposed: bool, machine: Machine) -> Tile:
+    for limit, candidates in of(WORDS_TRANSPOSED if transposed else WORDS, machine):
+        if rows <= limit:
+            filling = (tile for tile in candidates if tiles(tile, rows, outputs) >= machine.processors)
+            tile = next(filling, candidates[-1])
+            # a step along W's rows lies in one block
+            return tile._replace(inner=min(tile.inner, blocksize))
+    raise AssertionError("the table has no last row")

@@ -1,0 +1,140 @@
+"""What every kernel that reads 4-bit weights shares: nibble → code, block → scale, and their order in a tile.
+
+A code is looked up across the warp: each lane keeps code[lane & 15], and one SHFL.IDX hands a weight the exact
+fp32 code of its nibble; the lane number is taken modulo 32 and the table stands twice, so the nibble needs no
+mask. 32 weights of one thread cost 32 SHFL, 31 shifts, 32 multiplications by the scale and 16 conversions to
+pairs of 16 bits: 3.5 instructions a weight, of which the shuffles (32 lanes a clock on an SM) are the floor,
+one weight per clock and lane. Byte permutes (PRMT) would do without the shuffles, but only with codes rounded
+to 16 bits, hence with two roundings more, and keep the integer pipe busy for longer.
+
+The interpreter has no inline assembly: there the lookup is a tree of selects.
+"""
+
+from __future__ import annotations
+
+import os
+
+import triton
+import triton.language as tl
+
+from peftkern.formats import CODES
+
+INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes"))
+
+NF4_CODES = tl.constexpr(CODES["nf4"])
+FP4_CODES = tl.constexpr(CODES["fp4"])
+
+
+@triton.jit
+def widened(x):
+    """x in fp32. By its bits in the interpreter, whose own conversion of bf16 is wrong below 2^-126."""
+    if INTERPRET and x.dtype == tl.bfloat16:
+        return (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
+def rounded(x, dtype: tl.constexpr):
+    """x, fp32, to the nearest value of dtype, ties to even. The interpreter's own conversion to bf16 cuts off."""
+    if INTERPRET and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = tl.where(x != x, 0x7FC00000, bits + 0x7FFF + ((bits >> 16) & 1))
+        return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        return x.to(dtype)
+
+
+@triton.jit
+def brought_to(x, dtype: tl.constexpr):
+    """x, of any of the three dtypes, in dtype."""
+    if x.dtype == dtype:
+        return x
+    else:
+        return rounded(widened(x), dtype)
+
+
+@triton.jit
+def _choose(q, codes: tl.constexpr, first: tl.constexpr, count: tl.constexpr):
+    """codes[first + (q & (count - 1))]"""
+    if count == 1:
+        return tl.full(q.shape, codes[first], tl.float32)
+    half: tl.constexpr = count // 2
+    return tl.where(q & half != 0, _choose(q, codes, first + half, half), _choose(q, codes, first, half))
+
+
+@triton.jit
+def _lane_code(codes: tl.constexpr):
+    """code[lane & 15], of each lane its own, in the PTX register `peftkern_code` of the whole kernel."""
+    lane = tl.inline_asm_elementwise(
+        "mov.u32 $0, %laneid;", "=r,r", [tl.program_id(0)], dtype=tl.int32, is_pure=True, pack=1
+    )
+    code = lane * 0.0 + codes[0]
+    for i in tl.static_range(1, 16):
+        code = tl.where((lane & 15) == i, codes[i], code)
+    tl.inline_asm_elementwise(
+        ".reg .f32 peftkern_code; mov.f32 peftkern_code, $1; mov.u32 $0, 0;",
+        "=r,f",
+        [code],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def prepare_lookup(NF4: tl.constexpr):
+    """Once at the head of a kernel that calls `lookup`."""
+    if not INTERPRET:
+        if NF4:
+            _lane_code(NF4_CODES)
+        else:
+            _lane_code(FP4_CODES)
+
+
+@triton.jit
+def lookup(q, NF4: tl.constexpr):
+    """fp32 code of the low four bits of q, an int32 tensor; whatever stands above them is ignored.
+
+    The table is no operand: a scalar operand would be spread over a tensor, and that alone keeps the compiler
+    from moving the lookup into the layout of the tensor cores' left operand.
+    """
+    if INTERPRET:
+        return _choose(q, NF4_CODES if NF4 else FP4_CODES, 0, 16)
+    else:
+        return tl.inline_asm_elementwise(
+            "shfl.sync.idx.b32 $0, peftkern_code, $1, 31, 0xffffffff;",
+            "=f,r",
+            [q],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
+
+
+@triton.jit
+def nibbles_of_word(words):
+    """int32 [..., W] → [..., W, bit, high, low]: weight (high low bit) of eight, at the bottom of its element."""
+    # shifts by constants, joined: a shift by a tensor of numbers would keep the compiler from moving it.
+    # The high nibble of a byte is its first weight.
+    return tl.join(
+        tl.join(tl.join(words >> 4, words), tl.join(words >> 20, words >> 16)),
+        tl.join(tl.join(words >> 12, words >> 8), tl.join(words >> 28, words >> 24)),
+    )
+
+
+@triton.jit
+def nibbles_of_half(halves):
+    """int16 [..., W] → int32 [..., W, bit, high]: weight (high bit) of four."""
+    halves = halves.to(tl.int32)
+    return tl.join(tl.join(halves >> 4, halves), tl.join(halves >> 12, halves >> 8))
+
+
+@triton.jit
+def load_scale(absmax, absmax2, code2, offset, block, LOG2_BLOCK2: tl.constexpr):
+    """fp32 absmax of the blocks; nested when absmax2 is there: code2[u8] · absmax2 + offset, rounded twice."""
+    if absmax2 is None:
+        return tl.load(absmax + block)
+    else:
+        scale = tl.load(code2 + tl.load(absmax + block).to(tl.int32)) * tl.load(absmax2 + (block >> LOG2_BLOCK2))
+        return scale + tl.load(offset)

@@ -1,0 +1,444 @@
+"""The one primitive: a matmul with an addend, W in 4 bits or dense.
+
+    out[m, o] = alpha * (sum_c x[m, c] w(o, c) + sum_r t[m, r] u[o, r]) + bias[o] + spread(values)[m, o]
+
+4-bit W: the product is computed transposed, acc[o, m] = W xᵀ, so that the decoded W is the left operand of
+tl.dot, which wgmma takes from registers: while the tensor cores work on one step, the warps decode the next.
+The addend is the first steps of the same sum. W's bytes are read once for each tile of rows.
+
+Layout of a step, "words": BLOCK_C columns of BLOCK_O rows of W come as int32 words of eight weights. A thread of
+the tensor cores' left operand holds pairs of neighbouring columns, four lanes side by side; so the words' eight
+weights are spread over the step's columns such that a lane's own word fills its pairs, and x's columns are read in
+that order (a sum may be taken in any order). Transposed (dX), a word holds eight rows of the left operand: they go to the
+row bits that a thread has in registers, and the result's rows are put back in order before they are stored.
+
+Layout "bytes": any N, K, address and blocksize. Each weight reads its own byte. Slow and always right.
+
+Bytes per step: BLOCK_O · BLOCK_C / 2 of W, 2 · BLOCK_M · BLOCK_C of x; multiply-adds BLOCK_O · BLOCK_M · BLOCK_C.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from peftkern.triton_kernels.choices import (
+    BYTES,
+    FLOAT32,
+    GROUP,
+    THIN_FLOAT32,
+    THIN_OUTPUTS,
+    THIN_ROWS,
+    Tile,
+    splits,
+    tiles,
+    words_tile,
+)
+from peftkern.triton_kernels.decode import INTERPRET, brought_to, lookup, nibbles_of_half, nibbles_of_word, prepare_lookup, rounded, widened
+from peftkern.triton_kernels.dequantize import plan_scales
+from peftkern.triton_kernels.launch import TYPES, Launch, Machine, Spread, Weight4
+
+FINISH_BLOCK = 1024
+
+
+@triton.jit
+def _dot(a, b, acc, PRECISION: tl.constexpr):
+    if INTERPRET:  # its 16-bit products are wrong (bf16) or summed in 16 bits (fp16)
+        return tl.dot(widened(a), widened(b), acc, input_precision="ieee")
+    else:
+        return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def _spread_at(values, row, column, mask, stride, outputs, P, length, GROUPED: tl.constexpr):
+    """spread(values)[row, column]: fp32, values [M, P].
+
+    cyclic: sum over p < length with p = column (mod outputs) of values[row, p mod P]
+    grouped: values[row, g(column)], the first outputs mod P of the P groups one longer than the others
+    """
+    line = values + row * stride
+    if GROUPED:
+        size = outputs // P
+        longer = outputs % P
+        cut = longer * (size + 1)
+        g = tl.where(
+            column < cut, column // (size + 1), longer + (column - cut) // tl.maximum(size, 1)
+        )
+        return tl.load(line + g, mask=mask, other=0.0)
+    else:
+        total = tl.load(line + column % P, mask=mask & (column < length), other=0.0)
+        for first in range(outputs, length, outputs):
+            p = column + first
+            total += tl.load(line + p % P, mask=mask & (p < length), other=0.0)
+        return total
+
+
+@triton.jit
+def _finish(
+    acc, row, column, mask, out, bias, values, stride_out_m, stride_out_o, stride_bias, stride_values,
+    alpha, outputs, P, length, GROUPED: tl.constexpr,
+):  # fmt: skip
+    """What follows the sum, in fp32, and the one rounding."""
+    y = acc * alpha
+    if bias is not None:
+        y += widened(tl.load(bias + column.to(tl.int64) * stride_bias, mask=column < outputs, other=0.0))
+    if values is not None:
+        y += _spread_at(values, row, column, mask, stride_values, outputs, P, length, GROUPED)
+    tl.store(out + row * stride_out_m + column.to(tl.int64) * stride_out_o, rounded(y, out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _addend(
+    acc, t, u, row, column, rank, stride_tm, stride_tr, stride_uo, stride_ur,
+    COMPUTE: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """acc[o, m] += sum_r u[o, r] t[m, r]; row [m] and column [o] are inside the matrices."""
+    for first in range(0, rank, BLOCK_R):
+        r = first + tl.arange(0, BLOCK_R).to(tl.int64)
+        inside = r < rank
+        u_tile = tl.load(
+            u + column[:, None] * stride_uo + r[None, :] * stride_ur, mask=inside[None, :], other=0.0
+        )
+        t_tile = tl.load(t + row[None, :] * stride_tm + r[:, None] * stride_tr, mask=inside[:, None], other=0.0)
+        acc = _dot(brought_to(u_tile, COMPUTE), brought_to(t_tile, COMPUTE), acc, PRECISION)
+    return acc
+
+
+@triton.jit
+def _tile(tiles_m, tiles_o, GROUP: tl.constexpr):
+    """Which tile this program computes: GROUP tiles of rows pass over W's tiles together, W in L2."""
+    program = tl.program_id(0)
+    per_group = GROUP * tiles_o
+    group = program // per_group
+    first = group * GROUP
+    height = tl.minimum(tiles_m - first, GROUP)
+    within = program % per_group
+    return first + within % height, within // height
+
+
+@triton.jit(do_not_specialize=["M", "rank", "P", "length", "steps_per_split"])
+def matmul_4bit(
+    out, x, packed, absmax, t, u, bias, values,
+    M, outputs, inner, line, rank, P, length,
+    stride_out_m, stride_out_o, stride_xm, stride_xc, stride_tm, stride_tr, stride_uo, stride_ur, stride_bias,
+    stride_values, x_step, steps_per_split, alpha,
+    NF4: tl.constexpr, LOG2_BLOCK: tl.constexpr, SCALE_COLUMNS: tl.constexpr,
+    TRANSPOSED: tl.constexpr, WORDS: tl.constexpr, SPLIT: tl.constexpr, GROUPED: tl.constexpr,
+    COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_O: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
+    GROUP: tl.constexpr,
+):  # fmt: skip
+    """packed: where WORDS int32, or int16 if TRANSPOSED, `line` of them a row of W; else uint8. SPLIT: out is fp32 [splits, M, outputs], for `finish_split`."""
+    W: tl.constexpr = BLOCK_O // 4 if TRANSPOSED else BLOCK_C // 8  # halves or words of a step, along W's rows
+    GROUPS: tl.constexpr = BLOCK_O // SCALE_COLUMNS
+    prepare_lookup(NF4)
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    tiles_o = tl.cdiv(outputs, BLOCK_O)
+    tile_m, tile_o = _tile(tiles_m, tiles_o, GROUP)
+    # rows and columns past the end repeat the last one: no masks in the loop, and they are not stored
+    row = tl.minimum(tile_m * BLOCK_M + tl.arange(0, BLOCK_M), M - 1).to(tl.int64)
+    column = tl.minimum(tile_o * BLOCK_O + tl.arange(0, BLOCK_O), outputs - 1).to(tl.int64)
+    columns = outputs if TRANSPOSED else inner  # K, W's row length
+    split = tl.program_id(1)
+    steps = tl.cdiv(inner, BLOCK_C)
+    first_step = split * steps_per_split
+    last_step = tl.minimum(first_step + steps_per_split, steps)
+
+    acc = tl.zeros((BLOCK_O, BLOCK_M), tl.float32)
+    c = tl.arange(0, BLOCK_C)
+    order = tl.arange(0, BLOCK_O)
+    if WORDS and TRANSPOSED:
+        # left operand's row (high | half's upper bits | bit | half's lower 3 bits) is column half · 4 + high · 2 + bit
+        order = (order // 16 % (W // 8) * 8 + order % 8) * 4 + order // (BLOCK_O // 2) * 2 + order // 8 % 2
+    if t is not None:
+        if split == 0:
+            at = tl.minimum(tile_o * BLOCK_O + order, outputs - 1).to(tl.int64)
+            acc = _addend(
+                acc, t, u, row, at, rank, stride_tm, stride_tr, stride_uo, stride_ur, COMPUTE, BLOCK_R, PRECISION
+            )
+
+    if WORDS:
+        if TRANSPOSED:
+            n = (first_step * BLOCK_C + c).to(tl.int64)[:, None]
+            # past the end the row begins anew: by the remainder, which the compiler knows to keep neighbours
+            half = tl.max_contiguous(tl.multiple_of((tile_o * W + tl.arange(0, W)) % line, 8), 8)
+            group = (tile_o * BLOCK_O + tl.arange(0, GROUPS) * SCALE_COLUMNS) % outputs
+            w_tile = packed + n * line + half[None, :]
+            scale_at = n * columns + group[None, :]
+            x_tile = x + n * stride_xc + row[None, :] * stride_xm
+            for _ in range(first_step, last_step):
+                halves = tl.load(w_tile)
+                scale = tl.load(absmax + (scale_at >> LOG2_BLOCK))
+                scale = scale[:, :, None].broadcast_to(BLOCK_C, GROUPS, W // GROUPS).reshape(BLOCK_C, W)
+                w = rounded(lookup(nibbles_of_half(halves), NF4) * scale[:, :, None, None], COMPUTE)
+                w = w.reshape(BLOCK_C, W // 8, 8, 2, 2).permute(4, 1, 3, 2, 0).reshape(BLOCK_O, BLOCK_C)
+                acc = _dot(w, tl.load(x_tile), acc, PRECISION)
+                w_tile += BLOCK_C * line
+                scale_at += BLOCK_C * columns
+                x_tile += x_step
+        else:
+            # step column (word high | pair, 2 bits | word low, 2 bits | bit) is W's column word · 8 + pair · 2 + bit
+            mixed = c // 32 * 32 + c // 2 % 4 * 8 + c // 8 % 4 * 2 + c % 2
+            start = (first_step * BLOCK_C).to(tl.int64)
+            x_tile = x + (start + mixed)[:, None] * stride_xc + row[None, :] * stride_xm
+            w_tile = packed + column[:, None] * line + (start // 8 + tl.arange(0, W))[None, :]
+            scale_at = column * columns + start
+            for _ in range(first_step, last_step):
+                words = tl.load(w_tile)
+                scale = tl.load(absmax + (scale_at >> LOG2_BLOCK))
+                q = nibbles_of_word(words).reshape(BLOCK_O, W // 4, 4, 2, 2, 2).permute(0, 1, 4, 5, 2, 3)
+                w = rounded(lookup(q.reshape(BLOCK_O, BLOCK_C), NF4) * scale[:, None], COMPUTE)
+                acc = _dot(w, tl.load(x_tile), acc, PRECISION)
+                w_tile += W
+                scale_at += BLOCK_C
+                x_tile += x_step
+    else:
+        for step in range(first_step, last_step):
+            at = (step * BLOCK_C + c).to(tl.int64)
+            inside = at < inner
+            at = tl.minimum(at, inner - 1)
+            if TRANSPOSED:
+                flat = at[None, :] * columns + column[:, None]
+            else:
+                flat = column[:, None] * columns + at[None, :]
+            byte = tl.load(packed + (flat >> 1)).to(tl.int32)
+            scale = tl.load(absmax + (flat >> LOG2_BLOCK))
+            w = lookup(tl.where(flat & 1 == 0, byte >> 4, byte), NF4) * scale
+            w = tl.where(inside[None, :], w, 0.0)
+            x_values = tl.load(
+                x + at[:, None] * stride_xc + row[None, :] * stride_xm, mask=inside[:, None], other=0.0
+            )
+            acc = _dot(rounded(w, COMPUTE), x_values, acc, PRECISION)
+
+    if WORDS and TRANSPOSED:
+        acc = acc.reshape(2, W // 8, 2, 8, BLOCK_M).permute(1, 3, 0, 2, 4).reshape(BLOCK_O, BLOCK_M)
+    m = (tile_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)[:, None]
+    o = (tile_o * BLOCK_O + tl.arange(0, BLOCK_O))[None, :]
+    mask = (m < M) & (o < outputs)
+    if SPLIT:
+        tl.store(out + (split.to(tl.int64) * M + m) * outputs + o, tl.trans(acc), mask=mask)
+    else:
+        _finish(
+            tl.trans(acc), m, o, mask, out, bias, values, stride_out_m, stride_out_o, stride_bias, stride_values,
+            alpha, outputs, P, length, GROUPED,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["M", "outputs", "inner", "rank", "P", "length", "steps_per_split"])
+def matmul_dense(
+    out, x, weight, t, u, bias, values,
+    M, outputs, inner, rank, P, length,
+    stride_out_m, stride_out_o, stride_xm, stride_xc, stride_wo, stride_wc, stride_tm, stride_tr, stride_uo,
+    stride_ur, stride_bias, stride_values, steps_per_split, alpha,
+    SPLIT: tl.constexpr, GROUPED: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_O: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
+    GROUP: tl.constexpr,
+):  # fmt: skip
+    """The same for a dense W of any strides and dtype, one side of the product a rank: memory bound."""
+    tile_m, tile_o = _tile(tl.cdiv(M, BLOCK_M), tl.cdiv(outputs, BLOCK_O), GROUP)
+    row = tl.minimum(tile_m * BLOCK_M + tl.arange(0, BLOCK_M), M - 1).to(tl.int64)
+    column = tl.minimum(tile_o * BLOCK_O + tl.arange(0, BLOCK_O), outputs - 1).to(tl.int64)
+    split = tl.program_id(1)
+    first_step = split * steps_per_split
+    last_step = tl.minimum(first_step + steps_per_split, tl.cdiv(inner, BLOCK_C))
+    acc = tl.zeros((BLOCK_O, BLOCK_M), tl.float32)
+    if t is not None:
+        if split == 0:
+            acc = _addend(
+                acc, t, u, row, column, rank, stride_tm, stride_tr, stride_uo, stride_ur,
+                COMPUTE, BLOCK_R, PRECISION,
+            )  # fmt: skip
+    for step in range(first_step, last_step):
+        c = (step * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
+        inside = c < inner
+        w = tl.load(
+            weight + column[:, None] * stride_wo + c[None, :] * stride_wc, mask=inside[None, :], other=0.0
+        )
+        x_values = tl.load(x + c[:, None] * stride_xc + row[None, :] * stride_xm, mask=inside[:, None], other=0.0)
+        acc = _dot(brought_to(w, COMPUTE), x_values, acc, PRECISION)
+    m = (tile_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)[:, None]
+    o = (tile_o * BLOCK_O + tl.arange(0, BLOCK_O))[None, :]
+    mask = (m < M) & (o < outputs)
+    if SPLIT:
+        tl.store(out + (split.to(tl.int64) * M + m) * outputs + o, tl.trans(acc), mask=mask)
+    else:
+        _finish(
+            tl.trans(acc), m, o, mask, out, bias, values, stride_out_m, stride_out_o, stride_bias, stride_values,
+            alpha, outputs, P, length, GROUPED,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["numel", "outputs", "P", "length", "splits"])
+def finish_split(
+    out, partial, bias, values, numel, outputs, P, length,
+    stride_out_m, stride_out_o, stride_bias, stride_values, splits, alpha,
+    GROUPED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The sum of the partial sums [splits, M, outputs], in their order, and what follows it."""
+    flat = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # 32 bits: few outputs, or nothing were split
+    mask = flat < numel
+    acc = tl.zeros((BLOCK,), tl.float32)
+    for _ in range(splits):
+        acc += tl.load(partial + flat, mask=mask, other=0.0)
+        partial += numel
+    _finish(
+        acc, (flat // outputs).to(tl.int64), flat % outputs, mask, out, bias, values, stride_out_m, stride_out_o, stride_bias,
+        stride_values, alpha, outputs, P, length, GROUPED,
+    )  # fmt: skip
+
+
+def words_problem(x: Tensor, weight: Weight4, transposed: bool) -> str | None:
+    """None where W may be read in words, else why not."""
+    packed, _, _, _, blocksize, N, K = weight
+    step = min(blocksize, 64)
+    if x.dtype == torch.float32:
+        return "fp32 takes no tensor cores"
+    if K % step:
+        return f"K = {K} is no multiple of {step}"
+    if transposed and N % step:
+        return f"N = {N} is no multiple of {step}"
+    if (0 if packed.is_meta else packed.data_ptr()) % 16 or packed.storage_offset() % 4:
+        return "the packed bytes are not at a multiple of 16"
+    return None
+
+
+def precision() -> str:
+    """TF32 only where torch would use it: off by default."""
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def _block_r(rank: int) -> int:
+    return 16 if rank <= 16 else 32 if rank <= 32 else 64
+
+
+def _epilogue(
+    out: Tensor, alpha: float, bias: Tensor | None, spread: Spread | None
+) -> dict[str, Any]:
+    values, grouped, length = (None, False, 0) if spread is None else spread
+    return {
+        "out": out,
+        "bias": bias,
+        "values": values,
+        "outputs": out.shape[1],
+        "P": 1 if values is None else values.shape[1],
+        "length": length,
+        "stride_out_m": out.stride(0),
+        "stride_out_o": out.stride(1),
+        "stride_bias": 0 if bias is None else bias.stride(0),
+        "stride_values": 0 if values is None else values.stride(0),
+        "alpha": float(alpha),
+        "GROUPED": grouped,
+    }
+
+
+def _launches(
+    kernel: Any, tile: Tile, epilogue: dict[str, Any], arguments: dict[str, Any], parts: int
+) -> list[Launch]:
+    """The kernel, and where its sum is split the one that adds up the parts."""
+    out = epilogue["out"]
+    M, outputs = out.shape
+    steps = -(-arguments["inner"] // tile.inner)
+    per_split = -(-steps // parts)
+    parts = max(1, -(-steps // max(per_split, 1)))
+    split = parts > 1
+    grid = (tiles(tile, M, outputs), parts)
+    own = {**epilogue, **arguments, "steps_per_split": per_split, "SPLIT": split}
+    if not split:
+        return [Launch(kernel, grid, own, tile.warps, tile.stages)]
+    partial = torch.empty(parts, M, outputs, dtype=torch.float32, device=out.device)
+    # the parts are plain sums: everything after the sum happens once, in finish_split
+    own |= {"out": partial, "bias": None, "values": None, "alpha": 1.0}
+    numel = M * outputs
+    finish = {name: epilogue[name] for name in epilogue} | {"partial": partial, "numel": numel, "splits": parts}
+    finish["BLOCK"] = FINISH_BLOCK
+    return [
+        Launch(kernel, grid, own, tile.warps, tile.stages),
+        Launch(finish_split, (-(-numel // FINISH_BLOCK),), finish),
+    ]
+
+
+def plan(
+    machine: Machine,
+    out: Tensor,
+    x: Tensor,
+    weight: Weight4 | Tensor,
+    transposed: bool,
+    alpha: float,
+    t: Tensor | None,
+    u: Tensor | None,
+    bias: Tensor | None,
+    spread: Spread | None,
+) -> list[Launch]:
+    """The launches that compute `out`; none where it is empty. A split sum allocates its parts, fp32."""
+    M, outputs = out.shape
+    inner = x.shape[1]
+    launches: list[Launch] = []
+    if M == 0 or outputs == 0:
+        return launches
+    if t is None or u is None or t.shape[1] == 0:
+        t = u = None
+    compute = TYPES[x.dtype]
+    full = x.dtype == torch.float32
+    rank = 0 if t is None else t.shape[1]
+    arguments: dict[str, Any] = {
+        "x": x,
+        "t": t,
+        "u": u,
+        "M": M,
+        "inner": inner,
+        "rank": rank,
+        "stride_xm": x.stride(0),
+        "stride_xc": x.stride(1),
+        "stride_tm": 0 if t is None else t.stride(0),
+        "stride_tr": 0 if t is None else t.stride(1),
+        "stride_uo": 0 if u is None else u.stride(0),
+        "stride_ur": 0 if u is None else u.stride(1),
+        "COMPUTE": compute,
+        "PRECISION": precision() if full else "ieee",
+        "BLOCK_R": _block_r(rank),
+        "GROUP": GROUP,
+    }
+    epilogue = _epilogue(out, alpha, bias, spread)
+    if isinstance(weight, Tensor):
+        tile = THIN_FLOAT32 if full else THIN_OUTPUTS if outputs <= M else THIN_ROWS
+        if not full and outputs <= M:
+            tile = tile._replace(outputs=_block_r(outputs))
+        elif not full:
+            tile = tile._replace(rows=_block_r(M))
+        arguments |= {
+            "weight": weight,
+            "stride_wo": weight.stride(1 if transposed else 0),
+            "stride_wc": weight.stride(0 if transposed else 1),
+        }
+        kernel: Any = matmul_dense
+    else:
+        packed, absmax, nested, quant_type, blocksize, _, K = weight
+        if nested is not None:
+            scales = torch.empty(absmax.shape, dtype=torch.float32, device=absmax.device)
+            launches += plan_scales(scales, weight)
+            absmax = scales
+        words = words_problem(x, weight, transposed) is None
+        if words:
+            tile = words_tile(M, outputs, blocksize, transposed, machine)
+            packed = packed.view(torch.int16 if transposed else torch.int32)
+        else:
+            tile = FLOAT32 if full else BYTES
+        arguments |= {
+            "packed": packed,
+            "absmax": absmax,
+            "line": K // (4 if transposed else 8) if words else K,
+            "x_step": x.stride(1) * tile.inner,
+            "NF4": quant_type == "nf4",
+            "LOG2_BLOCK": blocksize.bit_length() - 1,
+            # how many neighbouring columns of a tile surely have one scale; a row may start inside a block
+            "SCALE_COLUMNS": min(blocksize, tile.outputs, K & -K) if words else tile.outputs,
+            "TRANSPOSED": transposed,
+            "WORDS": words,
+        }
+        kernel = matmul_4bit
+    arguments |= {"BLOCK_O": tile.outputs, "BLOCK_M": tile.rows, "BLOCK_C": tile.inner}
+    return launches + _launches(kernel, tile, epilogue, arguments, splits(tile, M, outputs, inner, machine))
