@@ -47,7 +47,7 @@ WORDS_TRANSPOSED: dict[int, Rows] = {
     80: (
         (16, (Tile(128, 16, 64, 4, 4),)),
         (32, (Tile(128, 32, 64, 4, 4),)),
-        (ANY, (Tile(128, 64, 64, 4, 3),)),
+        (ANY, (Tile(128, 64, 32, 4, 4),)),  # steps of 64 spill
     ),
 }
 # any N, K, address: right, not fast
@@ -56,8 +56,16 @@ BYTES = Tile(64, 32, 32, 4, 2)
 FLOAT32 = Tile(64, 32, 32, 4, 2)
 
 # a dense W, one side of the product a rank
-THIN_OUTPUTS = Tile(16, 64, 128, 4, 3)  # x Aᵀ: few outputs, a long sum
-THIN_ROWS = Tile(64, 16, 64, 4, 3)  # tᵀ x: few rows
+THIN_OUTPUTS = {
+    16: Tile(16, 64, 128, 4, 3),
+    32: Tile(32, 64, 128, 4, 3),
+    64: Tile(64, 64, 64, 4, 3),
+}  # x Aᵀ: a long sum
+THIN_ROWS = {
+    16: Tile(64, 16, 64, 4, 3),
+    32: Tile(64, 32, 64, 4, 3),
+    64: Tile(64, 64, 64, 4, 3),
+}  # Gᵀ x: few rows
 THIN_FLOAT32 = Tile(32, 32, 32, 4, 2)
 
 # from this M on: dequantize into a scratch buffer, then cuBLAS adds onto the addend
@@ -94,3 +102,8 @@ def words_tile(rows: int, outputs: int, blocksize: int, transposed: bool, machin
             # a step along W's rows lies in one block
             return tile._replace(inner=min(tile.inner, blocksize))
     raise AssertionError("the table has no last row")
+
+
+def thin_tile(rows: int, outputs: int) -> Tile:
+    table, rank = (THIN_OUTPUTS, outputs) if outputs <= rows else (THIN_ROWS, rows)
+    return table[16 if rank <= 16 else 32 if rank <= 32 else 64]

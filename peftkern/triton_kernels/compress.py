@@ -31,13 +31,17 @@ def _sum(line, q, mask, inputs, outputs, length, stride, GROUPED: tl.constexpr):
         count = tl.where(q < longer, size + 1, size)
         z = widened(tl.load(line + first.to(tl.int64) * stride, mask=mask & (count > 0), other=0.0))
         for i in range(1, size + 1):
-            z += widened(tl.load(line + (first + i).to(tl.int64) * stride, mask=mask & (i < count), other=0.0))
+            z += widened(
+                tl.load(line + (first + i).to(tl.int64) * stride, mask=mask & (i < count), other=0.0)
+            )
         return z
     else:
         z = widened(tl.load(line + (q % inputs).to(tl.int64) * stride, mask=mask & (q < length), other=0.0))
         for start in range(outputs, length, outputs):
             p = start + q
-            z += widened(tl.load(line + (p % inputs).to(tl.int64) * stride, mask=mask & (p < length), other=0.0))
+            z += widened(
+                tl.load(line + (p % inputs).to(tl.int64) * stride, mask=mask & (p < length), other=0.0)
+            )
         return z
 
 

@@ -136,5 +136,7 @@ def load_scale(absmax, absmax2, code2, offset, block, LOG2_BLOCK2: tl.constexpr)
     if absmax2 is None:
         return tl.load(absmax + block)
     else:
-        scale = tl.load(code2 + tl.load(absmax + block).to(tl.int32)) * tl.load(absmax2 + (block >> LOG2_BLOCK2))
+        scale = tl.load(code2 + tl.load(absmax + block).to(tl.int32)) * tl.load(
+            absmax2 + (block >> LOG2_BLOCK2)
+        )
         return scale + tl.load(offset)

@@ -43,7 +43,9 @@ def dequantize(
 
 
 @triton.jit(do_not_specialize=["blocks"])
-def decode_scales(out, absmax, absmax2, code2, offset, blocks, LOG2_BLOCK2: tl.constexpr, BLOCK: tl.constexpr):
+def decode_scales(
+    out, absmax, absmax2, code2, offset, blocks, LOG2_BLOCK2: tl.constexpr, BLOCK: tl.constexpr
+):
     block = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     at = tl.minimum(block, blocks - 1)
     tl.store(out + block, load_scale(absmax, absmax2, code2, offset, at, LOG2_BLOCK2), mask=block < blocks)

@@ -31,18 +31,28 @@ from peftkern.triton_kernels.choices import (
     FLOAT32,
     GROUP,
     THIN_FLOAT32,
-    THIN_OUTPUTS,
-    THIN_ROWS,
     Tile,
     splits,
+    thin_tile,
     tiles,
     words_tile,
 )
-from peftkern.triton_kernels.decode import INTERPRET, brought_to, lookup, nibbles_of_half, nibbles_of_word, prepare_lookup, rounded, widened
+from peftkern.triton_kernels.decode import (
+    INTERPRET,
+    brought_to,
+    lookup,
+    nibbles_of_half,
+    nibbles_of_word,
+    prepare_lookup,
+    rounded,
+    widened,
+)
 from peftkern.triton_kernels.dequantize import plan_scales
 from peftkern.triton_kernels.launch import TYPES, Launch, Machine, Spread, Weight4
 
 FINISH_BLOCK = 1024
+BLOCK_R = 16  # a step of the addend: more of it at once would not fit beside the sums
+FINISH_REGISTERS = 32  # sums of a thread that are finished at a time
 
 
 @triton.jit
@@ -65,9 +75,7 @@ def _spread_at(values, row, column, mask, stride, outputs, P, length, GROUPED: t
         size = outputs // P
         longer = outputs % P
         cut = longer * (size + 1)
-        g = tl.where(
-            column < cut, column // (size + 1), longer + (column - cut) // tl.maximum(size, 1)
-        )
+        g = tl.where(column < cut, column // (size + 1), longer + (column - cut) // tl.maximum(size, 1))
         return tl.load(line + g, mask=mask, other=0.0)
     else:
         total = tl.load(line + column % P, mask=mask & (column < length), other=0.0)
@@ -88,7 +96,40 @@ def _finish(
         y += widened(tl.load(bias + column.to(tl.int64) * stride_bias, mask=column < outputs, other=0.0))
     if values is not None:
         y += _spread_at(values, row, column, mask, stride_values, outputs, P, length, GROUPED)
-    tl.store(out + row * stride_out_m + column.to(tl.int64) * stride_out_o, rounded(y, out.dtype.element_ty), mask=mask)
+    tl.store(
+        out + row * stride_out_m + column.to(tl.int64) * stride_out_o,
+        rounded(y, out.dtype.element_ty),
+        mask=mask,
+    )
+
+
+@triton.jit
+def _finish_tile(
+    acc, first_row, first_column, M, out, bias, values, stride_out_m, stride_out_o, stride_bias, stride_values,
+    alpha, outputs, P, length, GROUPED: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """_finish for a whole tile acc [o, m], so many parts of its rows one after the other: addresses of all at
+    once would not fit beside it in the registers."""
+    BLOCK_O: tl.constexpr = acc.shape[0]
+    BLOCK_M: tl.constexpr = acc.shape[1]
+    if PARTS == 1:
+        m = (first_row + tl.arange(0, BLOCK_M)).to(tl.int64)[:, None]
+        o = (first_column + tl.arange(0, BLOCK_O))[None, :]
+        mask = (m < M) & (o < outputs)
+        _finish(
+            tl.trans(acc), m, o, mask, out, bias, values, stride_out_m, stride_out_o, stride_bias, stride_values,
+            alpha, outputs, P, length, GROUPED,
+        )  # fmt: skip
+    else:
+        one, two = tl.split(acc.reshape(BLOCK_O, 2, BLOCK_M // 2).permute(0, 2, 1))
+        _finish_tile(
+            one, first_row, first_column, M, out, bias, values, stride_out_m, stride_out_o, stride_bias,
+            stride_values, alpha, outputs, P, length, GROUPED, PARTS // 2,
+        )  # fmt: skip
+        _finish_tile(
+            two, first_row + BLOCK_M // 2, first_column, M, out, bias, values, stride_out_m, stride_out_o,
+            stride_bias, stride_values, alpha, outputs, P, length, GROUPED, PARTS // 2,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -103,7 +144,9 @@ def _addend(
         u_tile = tl.load(
             u + column[:, None] * stride_uo + r[None, :] * stride_ur, mask=inside[None, :], other=0.0
         )
-        t_tile = tl.load(t + row[None, :] * stride_tm + r[:, None] * stride_tr, mask=inside[:, None], other=0.0)
+        t_tile = tl.load(
+            t + row[None, :] * stride_tm + r[:, None] * stride_tr, mask=inside[:, None], other=0.0
+        )
         acc = _dot(brought_to(u_tile, COMPUTE), brought_to(t_tile, COMPUTE), acc, PRECISION)
     return acc
 
@@ -130,10 +173,12 @@ def matmul_4bit(
     TRANSPOSED: tl.constexpr, WORDS: tl.constexpr, SPLIT: tl.constexpr, GROUPED: tl.constexpr,
     COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_O: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
-    GROUP: tl.constexpr,
+    GROUP: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """packed: where WORDS int32, or int16 if TRANSPOSED, `line` of them a row of W; else uint8. SPLIT: out is fp32 [splits, M, outputs], for `finish_split`."""
-    W: tl.constexpr = BLOCK_O // 4 if TRANSPOSED else BLOCK_C // 8  # halves or words of a step, along W's rows
+    W: tl.constexpr = (
+        BLOCK_O // 4 if TRANSPOSED else BLOCK_C // 8
+    )  # halves or words of a step, along W's rows
     GROUPS: tl.constexpr = BLOCK_O // SCALE_COLUMNS
     prepare_lookup(NF4)
     tiles_m = tl.cdiv(M, BLOCK_M)
@@ -158,7 +203,19 @@ def matmul_4bit(
         if split == 0:
             at = tl.minimum(tile_o * BLOCK_O + order, outputs - 1).to(tl.int64)
             acc = _addend(
-                acc, t, u, row, at, rank, stride_tm, stride_tr, stride_uo, stride_ur, COMPUTE, BLOCK_R, PRECISION
+                acc,
+                t,
+                u,
+                row,
+                at,
+                rank,
+                stride_tm,
+                stride_tr,
+                stride_uo,
+                stride_ur,
+                COMPUTE,
+                BLOCK_R,
+                PRECISION,
             )
 
     if WORDS:
@@ -216,15 +273,15 @@ def matmul_4bit(
 
     if WORDS and TRANSPOSED:
         acc = acc.reshape(2, W // 8, 2, 8, BLOCK_M).permute(1, 3, 0, 2, 4).reshape(BLOCK_O, BLOCK_M)
-    m = (tile_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)[:, None]
-    o = (tile_o * BLOCK_O + tl.arange(0, BLOCK_O))[None, :]
-    mask = (m < M) & (o < outputs)
     if SPLIT:
-        tl.store(out + (split.to(tl.int64) * M + m) * outputs + o, tl.trans(acc), mask=mask)
+        m = (tile_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)[:, None]
+        o = (tile_o * BLOCK_O + tl.arange(0, BLOCK_O))[None, :]
+        at = out + (split.to(tl.int64) * M + m) * outputs + o
+        tl.store(at, tl.trans(acc), mask=(m < M) & (o < outputs))
     else:
-        _finish(
-            tl.trans(acc), m, o, mask, out, bias, values, stride_out_m, stride_out_o, stride_bias, stride_values,
-            alpha, outputs, P, length, GROUPED,
+        _finish_tile(
+            acc, tile_m * BLOCK_M, tile_o * BLOCK_O, M, out, bias, values, stride_out_m, stride_out_o, stride_bias,
+            stride_values, alpha, outputs, P, length, GROUPED, PARTS,
         )  # fmt: skip
 
 
@@ -236,7 +293,7 @@ def matmul_dense(
     stride_ur, stride_bias, stride_values, steps_per_split, alpha,
     SPLIT: tl.constexpr, GROUPED: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_O: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
-    GROUP: tl.constexpr,
+    GROUP: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """The same for a dense W of any strides and dtype, one side of the product a rank: memory bound."""
     tile_m, tile_o = _tile(tl.cdiv(M, BLOCK_M), tl.cdiv(outputs, BLOCK_O), GROUP)
@@ -258,17 +315,19 @@ def matmul_dense(
         w = tl.load(
             weight + column[:, None] * stride_wo + c[None, :] * stride_wc, mask=inside[None, :], other=0.0
         )
-        x_values = tl.load(x + c[:, None] * stride_xc + row[None, :] * stride_xm, mask=inside[:, None], other=0.0)
+        x_values = tl.load(
+            x + c[:, None] * stride_xc + row[None, :] * stride_xm, mask=inside[:, None], other=0.0
+        )
         acc = _dot(brought_to(w, COMPUTE), x_values, acc, PRECISION)
-    m = (tile_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)[:, None]
-    o = (tile_o * BLOCK_O + tl.arange(0, BLOCK_O))[None, :]
-    mask = (m < M) & (o < outputs)
     if SPLIT:
-        tl.store(out + (split.to(tl.int64) * M + m) * outputs + o, tl.trans(acc), mask=mask)
+        m = (tile_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)[:, None]
+        o = (tile_o * BLOCK_O + tl.arange(0, BLOCK_O))[None, :]
+        at = out + (split.to(tl.int64) * M + m) * outputs + o
+        tl.store(at, tl.trans(acc), mask=(m < M) & (o < outputs))
     else:
-        _finish(
-            tl.trans(acc), m, o, mask, out, bias, values, stride_out_m, stride_out_o, stride_bias, stride_values,
-            alpha, outputs, P, length, GROUPED,
+        _finish_tile(
+            acc, tile_m * BLOCK_M, tile_o * BLOCK_O, M, out, bias, values, stride_out_m, stride_out_o, stride_bias,
+            stride_values, alpha, outputs, P, length, GROUPED, PARTS,
         )  # fmt: skip
 
 
@@ -311,13 +370,7 @@ def precision() -> str:
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
-def _block_r(rank: int) -> int:
-    return 16 if rank <= 16 else 32 if rank <= 32 else 64
-
-
-def _epilogue(
-    out: Tensor, alpha: float, bias: Tensor | None, spread: Spread | None
-) -> dict[str, Any]:
+def _epilogue(out: Tensor, alpha: float, bias: Tensor | None, spread: Spread | None) -> dict[str, Any]:
     values, grouped, length = (None, False, 0) if spread is None else spread
     return {
         "out": out,
@@ -353,7 +406,11 @@ def _launches(
     # the parts are plain sums: everything after the sum happens once, in finish_split
     own |= {"out": partial, "bias": None, "values": None, "alpha": 1.0}
     numel = M * outputs
-    finish = {name: epilogue[name] for name in epilogue} | {"partial": partial, "numel": numel, "splits": parts}
+    finish = {name: epilogue[name] for name in epilogue} | {
+        "partial": partial,
+        "numel": numel,
+        "splits": parts,
+    }
     finish["BLOCK"] = FINISH_BLOCK
     return [
         Launch(kernel, grid, own, tile.warps, tile.stages),
@@ -399,16 +456,12 @@ def plan(
         "stride_ur": 0 if u is None else u.stride(1),
         "COMPUTE": compute,
         "PRECISION": precision() if full else "ieee",
-        "BLOCK_R": _block_r(rank),
+        "BLOCK_R": BLOCK_R,
         "GROUP": GROUP,
     }
     epilogue = _epilogue(out, alpha, bias, spread)
     if isinstance(weight, Tensor):
-        tile = THIN_FLOAT32 if full else THIN_OUTPUTS if outputs <= M else THIN_ROWS
-        if not full and outputs <= M:
-            tile = tile._replace(outputs=_block_r(outputs))
-        elif not full:
-            tile = tile._replace(rows=_block_r(M))
+        tile = THIN_FLOAT32 if full else thin_tile(M, outputs)
         arguments |= {
             "weight": weight,
             "stride_wo": weight.stride(1 if transposed else 0),
@@ -441,4 +494,5 @@ def plan(
         }
         kernel = matmul_4bit
     arguments |= {"BLOCK_O": tile.outputs, "BLOCK_M": tile.rows, "BLOCK_C": tile.inner}
+    arguments["PARTS"] = max(1, tile.outputs * tile.rows // (tile.warps * 32) // FINISH_REGISTERS)
     return launches + _launches(kernel, tile, epilogue, arguments, splits(tile, M, outputs, inner, machine))

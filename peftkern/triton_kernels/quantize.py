@@ -49,9 +49,7 @@ def _nearest(v, intervals: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["numel"])
-def quantize(
-    packed, absmax, weight, numel, NF4: tl.constexpr, BLOCKSIZE: tl.constexpr, BLOCKS: tl.constexpr
-):
+def quantize(packed, absmax, weight, numel, NF4: tl.constexpr, BLOCKSIZE: tl.constexpr, BLOCKS: tl.constexpr):
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     i = block[:, None] * BLOCKSIZE + tl.arange(0, BLOCKSIZE)[None, :]
     w = widened(tl.load(weight + i, mask=i < numel, other=0.0))
@@ -62,7 +60,9 @@ def quantize(
     short = (block + 1) * BLOCKSIZE > numel
     largest = tl.where(short, scale, largest)
     v = tl.where(
-        short[:, None], tl.div_rn(w, scale[:, None]), w * tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)[:, None]
+        short[:, None],
+        tl.div_rn(w, scale[:, None]),
+        w * tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)[:, None],
     )
     # by comparisons, which leave NaN as it is
     v = tl.where(v > 1.0, 1.0, tl.where(v < -1.0, -1.0, v))

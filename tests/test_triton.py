@@ -1,0 +1,240 @@
+"""The triton backend's primitives, called directly in Triton's interpreter: every way through the kernels.
+
+The suites of the ops run on this backend too (the `backend` fixture); their shapes seldom reach the tables'
+tiles, split sums or the way over a dequantized W.
+"""
+
+from __future__ import annotations
+
+import bounds
+import pytest
+import torch
+from bounds import U32, Approx
+from torch import Tensor
+
+import peftkern
+from peftkern import QuantizedWeight, reference
+from peftkern.backends import Call, triton
+
+pytestmark = pytest.mark.skipif(
+    not triton.INTERPRETED, reason="needs TRITON_INTERPRET=1, set before the start"
+)
+
+HALVES = (torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, *HALVES)
+
+
+@pytest.fixture(autouse=True)
+def _forced():
+    """bounds.compute_dtype asks who runs."""
+    with peftkern.use_backend("triton"):
+        yield
+
+
+def expected(
+    x: Tensor,
+    weight: Tensor | QuantizedWeight,
+    transposed: bool,
+    dtype: torch.dtype,
+    alpha: float = 1.0,
+    t: Tensor | None = None,
+    u: Tensor | None = None,
+    bias: Tensor | None = None,
+    spread: tuple[Tensor, bool, int] | None = None,
+) -> Approx:
+    compute = bounds.compute_dtype(x.dtype)
+    W = bounds.operand(weight, compute)
+    T, U = (
+        (None, None) if t is None or u is None else (bounds.operand(t, compute), bounds.operand(u, compute))
+    )
+    b = None if bias is None else bounds.exact(bias)
+    # unrounded: the spread addend comes before the one rounding
+    core = bounds.matmul(
+        bounds.operand(x, compute), W.t() if transposed else W, torch.float64, alpha, T, U, b
+    )
+    if spread is None:
+        return core.rounded(dtype)
+    values, grouped, length = spread
+    outputs = core.value.shape[1]
+    added = reference.spread_out(values.double(), outputs, grouped, length)
+    # each sum of up to length / outputs + 1 numbers, and the one onto the product, in fp32
+    size = (
+        reference.spread_out(values.double().abs(), outputs, grouped, length) + core.value.abs() + core.error
+    )
+    slack = (length / outputs + 3) * U32 * size
+    total = Approx(core.value + added, core.error + slack, (core.typical.square() + slack.square()).sqrt())
+    return total.rounded(dtype)
+
+
+def quantized(
+    N: int, K: int, quant_type: str = "nf4", blocksize: int = 64, nested: bool = False
+) -> QuantizedWeight:
+    with peftkern.use_backend("reference"):
+        return peftkern.quantize_4bit(torch.randn(N, K), quant_type, blocksize, nested)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(
+    ("M", "N", "K", "quant_type", "blocksize", "nested"),
+    [
+        (5, 128, 192, "nf4", 64, True),  # the smallest tile; columns past the end of the last one
+        (20, 64, 128, "fp4", 128, False),  # blocks that begin inside a row of the other
+        (50, 192, 64, "nf4", 4096, False),  # one block holds many rows
+        (70, 64, 320, "fp4", 64, True),  # the largest tile
+        (3, 96, 160, "nf4", 32, True),  # blocks of half a step
+    ],
+)
+def test_words(
+    M: int,
+    N: int,
+    K: int,
+    quant_type: str,
+    blocksize: int,
+    nested: bool,
+    dtype: torch.dtype,
+    transposed: bool,
+) -> None:
+    """W read in words, with every addend, at the tiles that the table gives."""
+    from peftkern.triton_kernels.matmul import words_problem
+
+    weight = quantized(N, K, quant_type, blocksize, nested)
+    inner, outputs = (N, K) if transposed else (K, N)
+    x, out = torch.randn(M, inner).to(dtype), torch.full((M, outputs), torch.nan, dtype=dtype)
+    assert words_problem(x, weight.kernel_args, transposed) is None
+    t, u, bias = torch.randn(M, 20).to(dtype), torch.randn(outputs, 20), torch.randn(outputs)
+    triton.matmul(out, x, weight.kernel_args, transposed, 0.5, t, u, bias)
+    bounds.check("out", out, expected(x, weight, transposed, dtype, 0.5, t, u, bias))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bytes_of_any_address(dtype: torch.dtype, transposed: bool) -> None:
+    """W at an odd address, with an odd row length: each weight reads its own byte."""
+    weight = quantized(33, 75, blocksize=32, nested=True)
+    packed = torch.empty(weight.packed.numel() + 3, dtype=torch.uint8)[3:].copy_(weight.packed)
+    moved = (packed, *weight.kernel_args[1:])
+    inner, outputs = weight.shape if transposed else weight.shape[::-1]
+    x, out = torch.randn(6, inner).to(dtype), torch.full((6, outputs), torch.nan, dtype=dtype)
+    triton.matmul(out, x, moved, transposed)
+    bounds.check("out", out, expected(x, weight, transposed, dtype))
+
+
+SPREADS = [(False, 0), (False, 5), (False, 64), (False, 70), (False, 500), (True, 0)]
+
+
+@pytest.mark.parametrize(("grouped", "length"), SPREADS)
+@pytest.mark.parametrize("P", [1, 7, 64, 100])
+def test_spread(grouped: bool, length: int, P: int) -> None:
+    """The addend of few columns that many outputs share: beside a product, split or not, and alone."""
+    bias = torch.randn(64)
+    for M, K in ((33, 64), (3, 1024)):  # the second is split
+        weight, x = quantized(64, K), torch.randn(M, K).bfloat16()
+        spread = (torch.randn(M, 2 * P)[:, :P], grouped, length)
+        out = torch.full((M, 64), torch.nan, dtype=torch.bfloat16)
+        triton.matmul(out, x, weight.kernel_args, False, 0.5, None, None, bias, spread)
+        bounds.check("out", out, expected(x, weight, False, out.dtype, 0.5, bias=bias, spread=spread))
+        triton.matmul(out, x[:, :0], weight.packed.new_empty(64, 0, dtype=x.dtype), spread=spread)
+        alone = reference.spread_out(spread[0].double(), 64, grouped, length)
+        size = reference.spread_out(spread[0].double().abs(), 64, grouped, length)
+        slack = (length / 64 + 1) * U32 * size
+        bounds.check("alone", out, Approx(alone, slack, slack).rounded(out.dtype))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_split_sums(dtype: torch.dtype, transposed: bool) -> None:
+    """A long sum of few outputs is cut into parts that fill the machine; on a machine of one tile it is not."""
+    from peftkern.triton_kernels import launch, matmul
+
+    weight = quantized(1024, 64) if transposed else quantized(64, 1024)
+    x, bias = torch.randn(2, 1024).to(dtype), torch.randn(64)
+    for processors, split in ((132, True), (1, False)):
+        out = torch.full((2, 64), torch.nan, dtype=dtype)
+        machine = launch.Machine(90, processors)
+        launches = matmul.plan(machine, out, x, weight.kernel_args, transposed, 1.0, None, None, bias, None)
+        assert (launches[-1].kernel is matmul.finish_split) == split
+        for each in launches:
+            each.run()
+        bounds.check("out", out, expected(x, weight, transposed, dtype, bias=bias))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("addend", ["lora", "spread", "bias", "none"])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_dequantized_for_a_vendors_product(
+    dtype: torch.dtype, addend: str, transposed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the crossover on: W dequantized into a scratch buffer, the product added onto the addend."""
+    from peftkern.triton_kernels import choices
+
+    monkeypatch.setattr(choices, "CROSSOVER", {80: 8, 90: 8})
+    weight = quantized(48, 96, nested=True)
+    inner, outputs = (48, 96) if transposed else (96, 48)
+    x, out = torch.randn(9, inner).to(dtype), torch.full((9, outputs), torch.nan, dtype=dtype)
+    t, u = (torch.randn(9, 4).to(dtype), torch.randn(outputs, 4)) if addend == "lora" else (None, None)
+    bias = None if addend == "none" else torch.randn(outputs)
+    spread = (torch.randn(9, 7), False, outputs) if addend == "spread" else None
+    triton.matmul(out, x, weight.kernel_args, transposed, 1.0, t, u, bias, spread)
+    # the addend is rounded to x's dtype before the product is added to it
+    bound = expected(x, weight, transposed, dtype, 1.0, t, u, bias, spread)
+    only = expected(x[:, :0], torch.zeros(outputs, 0), False, dtype, 1.0, t, u, bias, spread)
+    error = bound.error + only.error + bounds.UNIT[dtype] * only.value.abs()
+    typical = (bound.typical.square() + (bounds.UNIT[dtype] * only.value).square()).sqrt()
+    bounds.check("out", out, Approx(bound.value, error, typical))
+
+
+COMPRESSIONS = [
+    (96, 32, False, 96),
+    (96, 40, False, 120),
+    (100, 257, False, 257),
+    (31, 7, False, 31),
+    (3, 17, False, 17),
+    (64, 16, False, 5),
+    (1, 5, False, 23),
+    (100, 32, True, 0),
+    (5, 9, True, 0),
+    (600, 202, True, 0),
+]
+
+
+@pytest.mark.parametrize(("I", "P", "grouped", "length"), COMPRESSIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_compress(I: int, P: int, grouped: bool, length: int, dtype: torch.dtype) -> None:  # noqa: E741
+    x = torch.randn(I, 9).to(dtype).t()
+    out = torch.full((9, P), torch.nan, dtype=dtype)
+    triton.compress(out, x, grouped, length)
+    value = reference.compress(x.double(), P, grouped, length)
+    # no sum has more terms than x has columns or the walk has rounds
+    terms = I // P + length / P + 2
+    slack = terms * U32 * reference.compress(x.double().abs(), P, grouped, length)
+    bounds.check("out", out, Approx(value, slack, slack).rounded(dtype))
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize(("n", "h"), [(1, 1), (3, 5), (7, 50)])
+def test_compress_turns_blocks(n: int, h: int, inverse: bool) -> None:
+    P = 2 * n * h
+    table = reference.rotation_table(2 * h, n, torch.device("cpu"), torch.float32)
+    x = torch.randn(6, P - 1).bfloat16()
+    out = torch.full((6, P), torch.nan, dtype=torch.float32)
+    triton.compress(out, x, False, P, table, inverse)
+    value = reference.compress(x.double(), P, False, P, table.double(), inverse)
+    # two products and their sum, of one or two numbers each: 5 roundings of no more than the sum of both
+    slack = 5 * U32 * 2 * x.double().abs().amax(1, keepdim=True).expand(6, P)
+    bounds.check("out", out, Approx(value, slack, slack))
+
+
+def test_who_is_refused_and_why() -> None:
+    cuda = Call("matmul", torch.device("cuda", 0), torch.float32)
+    assert triton.supports(cuda) == "TRITON_INTERPRET=1: it runs tensors on cpu, these are on cuda:0"
+    wrong = Call("matmul", torch.device("cpu"), torch.float64)
+    assert triton.supports(wrong) == "it takes float32, bfloat16 and float16, this is float64"
+
+
+def test_dispatch_prefers_the_compiled_kernels() -> None:
+    """Interpreted Triton runs a call on CPU tensors only when it is forced."""
+    with peftkern.use_backend(None):
+        told = peftkern.explain("linear_4bit", torch.randn(2, 64), quantized(8, 64))
+    assert told.backend != "triton"
+    assert "it could, but" in told.choices[0].others["triton"]
