@@ -1,12 +1,14 @@
-"""python -m bench.compile_report: compiles what the triton backend can dispatch, without a GPU, and reads the code.
+"""python -m bench.compile_report: compiles what the triton backend can dispatch, without a GPU, and reads
+the code.
 
-A row for each configuration: registers, spills, shared memory, which tensor-core instructions there are and from
-where they take W, and what the loop over W costs: machine instructions of one thread for 32 weights that it
-decodes. Exits with 1 on a spill, or on a matmul in 16 bits without tensor-core instructions.
+A row for each configuration: registers, spills, shared memory, which tensor-core instructions there are
+and from where they take W, and what the loop over W costs: machine instructions of one thread for 32
+weights that it decodes. Exits with 1 on a spill, or on a matmul in 16 bits without tensor-core
+instructions.
 
-The instructions are counted in the loop that holds the most code lookups (SHFL): one lookup is one weight. At the
-memory bandwidth of an H200 a thread may spend about 130 of them on 32 weights; under the tensor cores, which
-take 1024 clocks for a step of 256 × 128 × 64, about 500.
+The instructions are counted in the loop that holds the most code lookups (SHFL): one lookup is one
+weight. At the memory bandwidth of an H200 a thread may spend about 130 of them on 32 weights; under the
+tensor cores, which take 1024 clocks for a step of 256 × 128 × 64, about 500.
 """
 
 from __future__ import annotations
@@ -82,8 +84,8 @@ def _weight(N: int, K: int, quant_type: str, blocksize: int, nested: bool) -> An
 
 
 def cases(capability: int, everything: bool) -> Iterator[Case]:
-    """Every tile of the tables once with a LoRA addend and bias, then each other choice on one tile of its kind;
-    `everything`: each other choice on each tile."""
+    """Every tile of the tables with a LoRA addend and bias, then each other choice on one of them, or on each
+    for `everything`."""
     from peftkern.triton_kernels import choices, compress, dequantize, dropout, matmul, quantize
     from peftkern.triton_kernels.launch import Machine
 
@@ -137,9 +139,9 @@ def cases(capability: int, everything: bool) -> Iterator[Case]:
             yield from product(M, transposed, "bf16 fp4", quant_type="fp4", rank=0, bias=False)
             yield from product(M, transposed, "bf16 blocks of 32", blocksize=32)
             yield from product(M, transposed, "bf16 nested rank 64", nested=True, rank=64)
-            spread = _empty(M, 256, dtype=fp32)
-            yield from product(M, transposed, "bf16 cyclic", rank=0, bias=False, spread=(spread, False, N))
-            yield from product(M, transposed, "bf16 grouped", rank=0, bias=False, spread=(spread, True, 0))
+            values = _empty(M, 256, dtype=fp32)
+            yield from product(M, transposed, "bf16 cyclic", rank=0, bias=False, spread=(values, False, N))
+            yield from product(M, transposed, "bf16 grouped", rank=0, bias=False, spread=(values, True, 0))
         yield from product(256, transposed, "bf16 bytes", odd=2)
         yield from product(256, transposed, "fp32", dtype=fp32)
 

@@ -92,10 +92,11 @@ def forced_backend() -> str | None:
 
 @contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
-    """Run every op inside the block on backend `name` ("cpu", "triton", "reference"), or raise where it cannot run one.
+    """Run every op inside the block on backend `name`, or raise where it cannot run one.
 
-    None restores the automatic choice. It holds for the current thread (or asyncio task) and nests. A
-    backward pass chooses where it runs: call it inside the block too. Raises ValueError for an unknown name.
+    name is "cpu", "triton" or "reference"; None restores the automatic choice. It holds for the current
+    thread (or asyncio task) and nests. A backward pass chooses where it runs: call it inside the block too.
+    Raises ValueError for an unknown name.
     """
     if name is not None:
         _check_name("name", name)

@@ -144,7 +144,7 @@ def test_spread(grouped: bool, length: int, P: int) -> None:
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_split_sums(dtype: torch.dtype, transposed: bool) -> None:
-    """A long sum of few outputs is cut into parts that fill the machine; on a machine of one tile it is not."""
+    """A long sum of few outputs is cut into parts that fill the machine; a machine of one tile is full."""
     from peftkern.triton_kernels import launch, matmul
 
     weight = quantized(1024, 64) if transposed else quantized(64, 1024)

@@ -1,10 +1,11 @@
 """Triton kernels (triton_kernels/) for CUDA tensors of compute capability 8.0 and up.
 
-With TRITON_INTERPRET=1 in the environment it takes CPU tensors instead, through Triton's interpreter: slow, for
-tests. Triton is imported by the first call that needs it, so that a machine without a GPU never pays for it.
+With TRITON_INTERPRET=1 in the environment it takes CPU tensors instead, through Triton's interpreter:
+slow, for tests. Triton is imported by the first call that needs it, so that a machine without a GPU never
+pays for it.
 
-Above a number of rows (triton_kernels/choices.py) a 4-bit W is dequantized into a scratch buffer, which torch's
-allocator takes back when the call ends, and cuBLAS adds the product onto the addend.
+Above a number of rows (triton_kernels/choices.py) a 4-bit W is dequantized into a scratch buffer, which
+torch's allocator takes back when the call ends, and cuBLAS adds the product onto the addend.
 """
 
 from __future__ import annotations
@@ -74,13 +75,12 @@ def detail(call: Call) -> str:
 
 @cache
 def _machine(device: torch.device) -> Machine:
-    from peftkern.triton_kernels.launch import INTERPRETED as interpreted
-    from peftkern.triton_kernels.launch import Machine
+    from peftkern.triton_kernels import launch
 
     if device.type != "cuda":
-        return interpreted
+        return launch.INTERPRETED
     properties: Any = torch.cuda.get_device_properties(device)
-    return Machine(properties.major * 10 + properties.minor, properties.multi_processor_count)
+    return launch.Machine(properties.major * 10 + properties.minor, properties.multi_processor_count)
 
 
 def _run(launches: list[Launch], device: torch.device) -> None:

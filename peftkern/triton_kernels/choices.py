@@ -1,8 +1,9 @@
-"""Every choice by shape in one place: tiles, splits, and from which M on a dequantized W and cuBLAS take over.
+"""Every choice by shape in one place: tiles, splits, and from which M on a dequantized W and cuBLAS take
+over.
 
-None of it has run on a GPU yet. The tiles are those whose machine code has no spill and takes W from registers
-(python -m bench.compile_report); the crossover is the one that the floors of an H200 give: beyond it, decoding W
-anew for each tile of rows costs more than writing and reading a decoded copy of it.
+None of it has run on a GPU yet. The tiles are those whose machine code has no spill and takes W from
+registers (python -m bench.compile_report); the crossover is the one that the floors of an H200 give:
+beyond it, decoding W anew for each tile of rows costs more than writing and reading a decoded copy of it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ class Tile(NamedTuple):
     stages: int
 
 
-# capability → (up to which M, tile), ascending; of the tiles for the largest M, the first that fills the machine
+# capability → (up to which M, tiles), ascending; of several tiles the first that fills the machine
 Rows = tuple[tuple[int, tuple[Tile, ...]], ...]
 ANY = 1 << 62
 WORDS: dict[int, Rows] = {

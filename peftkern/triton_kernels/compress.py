@@ -1,4 +1,5 @@
-"""MoRA's compress: [M, I] → [M, P], each output the sum of the inputs that belong to it; then, perhaps, rotated.
+"""MoRA's compress: [M, I] → [M, P], each output the sum of the inputs that belong to it; then, perhaps,
+rotated.
 
     cyclic, length L    z[m, q] = sum over p < L, p = q (mod P), of x[m, p mod I]
     grouped             z[m, q] = the sum of group q: I columns in P groups, the first I mod P one longer

@@ -1,11 +1,12 @@
-"""What every kernel that reads 4-bit weights shares: nibble → code, block → scale, and their order in a tile.
+"""What every kernel that reads 4-bit weights shares: nibble → code, block → scale, and what the interpreter
+needs to round as a GPU does.
 
-A code is looked up across the warp: each lane keeps code[lane & 15], and one SHFL.IDX hands a weight the exact
-fp32 code of its nibble; the lane number is taken modulo 32 and the table stands twice, so the nibble needs no
-mask. 32 weights of one thread cost 32 SHFL, 31 shifts, 32 multiplications by the scale and 16 conversions to
-pairs of 16 bits: 3.5 instructions a weight, of which the shuffles (32 lanes a clock on an SM) are the floor,
-one weight per clock and lane. Byte permutes (PRMT) would do without the shuffles, but only with codes rounded
-to 16 bits, hence with two roundings more, and keep the integer pipe busy for longer.
+A code is looked up across the warp: each lane keeps code[lane & 15], and one SHFL.IDX hands a weight the
+exact fp32 code of its nibble; the lane number is taken modulo 32 and the table stands twice, so the
+nibble needs no mask. 32 weights of one thread cost 32 SHFL, 28 shifts, 32 multiplications by the scale
+and 16 conversions to pairs of 16 bits: 3.4 instructions a weight. The shuffles are the floor, 32 lanes a
+clock on an SM. Byte permutes (PRMT) would do without them, but only with codes rounded to 16 bits, hence
+with a rounding more, and keep the integer pipe, half as wide as the others, busy for longer.
 
 The interpreter has no inline assembly: there the lookup is a tree of selects.
 """
@@ -36,7 +37,7 @@ def widened(x):
 
 @triton.jit
 def rounded(x, dtype: tl.constexpr):
-    """x, fp32, to the nearest value of dtype, ties to even. The interpreter's own conversion to bf16 cuts off."""
+    """x, fp32, to the nearest value of dtype, ties to even: the interpreter's own cast to bf16 cuts off."""
     if INTERPRET and dtype == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
         bits = tl.where(x != x, 0x7FC00000, bits + 0x7FFF + ((bits >> 16) & 1))
@@ -69,7 +70,7 @@ def _lane_code(codes: tl.constexpr):
     lane = tl.inline_asm_elementwise(
         "mov.u32 $0, %laneid;", "=r,r", [tl.program_id(0)], dtype=tl.int32, is_pure=True, pack=1
     )
-    code = lane * 0.0 + codes[0]
+    code = tl.where((lane & 15) == 0, codes[0], 0.0)
     for i in tl.static_range(1, 16):
         code = tl.where((lane & 15) == i, codes[i], code)
     tl.inline_asm_elementwise(
@@ -114,7 +115,7 @@ def lookup(q, NF4: tl.constexpr):
 
 @triton.jit
 def nibbles_of_word(words):
-    """int32 [..., W] → [..., W, bit, high, low]: weight (high low bit) of eight, at the bottom of its element."""
+    """int32 [..., W] → [..., W, bit, high, low]: weight (high low bit) of eight, in the lowest four bits."""
     # shifts by constants, joined: a shift by a tensor of numbers would keep the compiler from moving it.
     # The high nibble of a byte is its first weight.
     return tl.join(
@@ -132,7 +133,7 @@ def nibbles_of_half(halves):
 
 @triton.jit
 def load_scale(absmax, absmax2, code2, offset, block, LOG2_BLOCK2: tl.constexpr):
-    """fp32 absmax of the blocks; nested when absmax2 is there: code2[u8] · absmax2 + offset, rounded twice."""
+    """fp32 absmax of the blocks; with absmax2 nested: code2[u8] · absmax2 + offset, two roundings."""
     if absmax2 is None:
         return tl.load(absmax + block)
     else:

@@ -1,8 +1,8 @@
 """Dequantize: out[i] = round(code[q[i]] · absmax[i / blocksize]), bit for bit the reference's.
 
-A program takes BLOCK neighbouring bytes of the flat index, so it reads half a byte and writes 2 or 4 bytes a weight
-in whole lines: 4096 × 4096 to bf16 moves 42.5 MB, at 4.3 TB/s 10 µs. Nested scales are decoded inside; a
-product and the sum after it are rounded one by one, so the launch forbids fusing them.
+A program takes BLOCK neighbouring bytes of the flat index, so it reads half a byte and writes 2 or 4
+bytes a weight in whole lines: 4096 × 4096 to bf16 moves 42.5 MB, at 4.3 TB/s 10 µs. Nested scales are
+decoded inside; a product and the sum after it are rounded one by one, so the launch forbids fusing them.
 
 decode_scales writes nested scales alone, as the matmul takes them: 4 bytes a block, 1/16 byte a weight.
 """

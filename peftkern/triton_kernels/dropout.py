@@ -1,7 +1,8 @@
-"""Dropout: out = x where kept, else 0; the mask is reference.dropout_mask's, of the seed and the row-major index.
+"""Dropout: out = x where kept, else 0; the mask is reference.dropout_mask's, of the seed and the
+row-major index.
 
-Reads and writes each element once; the hash of a weight is four mixes of 32 bits, two of them the same for 2^32
-neighbours.
+Reads and writes each element once; the hash of a weight is four mixes of 32 bits, two of them the same
+for 2^32 neighbours.
 """
 
 from __future__ import annotations

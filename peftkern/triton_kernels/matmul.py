@@ -2,19 +2,25 @@
 
     out[m, o] = alpha * (sum_c x[m, c] w(o, c) + sum_r t[m, r] u[o, r]) + bias[o] + spread(values)[m, o]
 
-4-bit W: the product is computed transposed, acc[o, m] = W xᵀ, so that the decoded W is the left operand of
-tl.dot, which wgmma takes from registers: while the tensor cores work on one step, the warps decode the next.
-The addend is the first steps of the same sum. W's bytes are read once for each tile of rows.
+4-bit W: the product is computed transposed, acc[o, m] = W xᵀ, so that the decoded W is the left operand
+of tl.dot, which wgmma takes from registers: while the tensor cores work on one half of a step, the warps
+decode the other. The addend is the first steps of the same sum. W's bytes are read once for each tile of
+rows.
 
-Layout of a step, "words": BLOCK_C columns of BLOCK_O rows of W come as int32 words of eight weights. A thread of
-the tensor cores' left operand holds pairs of neighbouring columns, four lanes side by side; so the words' eight
-weights are spread over the step's columns such that a lane's own word fills its pairs, and x's columns are read in
-that order (a sum may be taken in any order). Transposed (dX), a word holds eight rows of the left operand: they go to the
-row bits that a thread has in registers, and the result's rows are put back in order before they are stored.
+The way into those registers is free of exchanges between threads, because a sum may be taken in any
+order. A thread of the left operand holds, of a row, pairs of neighbouring columns, with the pairs of
+three other lanes between them. Plain: it loads int32 words of eight weights, its pairs are those of its
+own word, and x's columns are read in the order that this makes. Transposed (dX), W's rows are the sum
+and its columns the operand's rows, of which a thread holds four that lie 8 and BLOCK_O / 2 apart: it
+loads int16 halves, four weights to these rows, and the result's rows are put back in order before they
+are stored.
 
-Layout "bytes": any N, K, address and blocksize. Each weight reads its own byte. Slow and always right.
+"Bytes" takes any N, K, address and blocksize: each weight reads its own byte. Right, not fast.
 
-Bytes per step: BLOCK_O · BLOCK_C / 2 of W, 2 · BLOCK_M · BLOCK_C of x; multiply-adds BLOCK_O · BLOCK_M · BLOCK_C.
+A step reads BLOCK_O · BLOCK_C / 2 bytes of W and 2 · BLOCK_M · BLOCK_C of x for BLOCK_O · BLOCK_M ·
+BLOCK_C multiply-adds. At 256 × 128 × 64 the tensor cores of Hopper take 1024 clocks for it and the
+shuffles of the lookup 512; the machine code has some 190 instructions a thread for 32 weights
+(bench.compile_report), of which an SM issues a step's in 760 clocks. No time was measured yet.
 """
 
 from __future__ import annotations
@@ -52,7 +58,7 @@ from peftkern.triton_kernels.launch import TYPES, Launch, Machine, Spread, Weigh
 
 FINISH_BLOCK = 1024
 BLOCK_R = 16  # a step of the addend: more of it at once would not fit beside the sums
-FINISH_REGISTERS = 32  # sums of a thread that are finished at a time
+FINISH_REGISTERS = 16  # sums of a thread that are finished at a time
 
 
 @triton.jit
@@ -105,8 +111,8 @@ def _finish(
 
 @triton.jit
 def _finish_tile(
-    acc, first_row, first_column, M, out, bias, values, stride_out_m, stride_out_o, stride_bias, stride_values,
-    alpha, outputs, P, length, GROUPED: tl.constexpr, PARTS: tl.constexpr,
+    acc, first_row, first_column, M, out, bias, values, stride_out_m, stride_out_o, stride_bias,
+    stride_values, alpha, outputs, P, length, GROUPED: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """_finish for a whole tile acc [o, m], so many parts of its rows one after the other: addresses of all at
     once would not fit beside it in the registers."""
@@ -117,8 +123,8 @@ def _finish_tile(
         o = (first_column + tl.arange(0, BLOCK_O))[None, :]
         mask = (m < M) & (o < outputs)
         _finish(
-            tl.trans(acc), m, o, mask, out, bias, values, stride_out_m, stride_out_o, stride_bias, stride_values,
-            alpha, outputs, P, length, GROUPED,
+            tl.trans(acc), m, o, mask, out, bias, values, stride_out_m, stride_out_o, stride_bias,
+            stride_values, alpha, outputs, P, length, GROUPED,
         )  # fmt: skip
     else:
         one, two = tl.split(acc.reshape(BLOCK_O, 2, BLOCK_M // 2).permute(0, 2, 1))
@@ -175,10 +181,10 @@ def matmul_4bit(
     BLOCK_O: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
     GROUP: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """packed: where WORDS int32, or int16 if TRANSPOSED, `line` of them a row of W; else uint8. SPLIT: out is fp32 [splits, M, outputs], for `finish_split`."""
-    W: tl.constexpr = (
-        BLOCK_O // 4 if TRANSPOSED else BLOCK_C // 8
-    )  # halves or words of a step, along W's rows
+    """packed: where WORDS int32, or int16 if TRANSPOSED, `line` of them a row of W; else uint8. SPLIT: out is
+    fp32 [splits, M, outputs], for `finish_split`."""
+    # halves or words of a step, along W's rows
+    W: tl.constexpr = BLOCK_O // 4 if TRANSPOSED else BLOCK_C // 8
     GROUPS: tl.constexpr = BLOCK_O // SCALE_COLUMNS
     prepare_lookup(NF4)
     tiles_m = tl.cdiv(M, BLOCK_M)
@@ -197,26 +203,16 @@ def matmul_4bit(
     c = tl.arange(0, BLOCK_C)
     order = tl.arange(0, BLOCK_O)
     if WORDS and TRANSPOSED:
-        # left operand's row (high | half's upper bits | bit | half's lower 3 bits) is column half · 4 + high · 2 + bit
+        # left operand's row (high | half's upper bits | bit | half's lower 3 bits):
+        # column half · 4 + high · 2 + bit
         order = (order // 16 % (W // 8) * 8 + order % 8) * 4 + order // (BLOCK_O // 2) * 2 + order // 8 % 2
-    if t is not None:
+    if t is not None:  # noqa: SIM102 (known when compiled; the next is not)
         if split == 0:
             at = tl.minimum(tile_o * BLOCK_O + order, outputs - 1).to(tl.int64)
             acc = _addend(
-                acc,
-                t,
-                u,
-                row,
-                at,
-                rank,
-                stride_tm,
-                stride_tr,
-                stride_uo,
-                stride_ur,
-                COMPUTE,
-                BLOCK_R,
-                PRECISION,
-            )
+                acc, t, u, row, at, rank, stride_tm, stride_tr, stride_uo, stride_ur,
+                COMPUTE, BLOCK_R, PRECISION,
+            )  # fmt: skip
 
     if WORDS:
         if TRANSPOSED:
@@ -238,7 +234,8 @@ def matmul_4bit(
                 scale_at += BLOCK_C * columns
                 x_tile += x_step
         else:
-            # step column (word high | pair, 2 bits | word low, 2 bits | bit) is W's column word · 8 + pair · 2 + bit
+            # step column (word's upper bits | pair, 2 bits | word's lower 2 bits | bit):
+            # W's column word · 8 + pair · 2 + bit
             mixed = c // 32 * 32 + c // 2 % 4 * 8 + c // 8 % 4 * 2 + c % 2
             start = (first_step * BLOCK_C).to(tl.int64)
             x_tile = x + (start + mixed)[:, None] * stride_xc + row[None, :] * stride_xm
@@ -280,8 +277,8 @@ def matmul_4bit(
         tl.store(at, tl.trans(acc), mask=(m < M) & (o < outputs))
     else:
         _finish_tile(
-            acc, tile_m * BLOCK_M, tile_o * BLOCK_O, M, out, bias, values, stride_out_m, stride_out_o, stride_bias,
-            stride_values, alpha, outputs, P, length, GROUPED, PARTS,
+            acc, tile_m * BLOCK_M, tile_o * BLOCK_O, M, out, bias, values, stride_out_m, stride_out_o,
+            stride_bias, stride_values, alpha, outputs, P, length, GROUPED, PARTS,
         )  # fmt: skip
 
 
@@ -303,7 +300,7 @@ def matmul_dense(
     first_step = split * steps_per_split
     last_step = tl.minimum(first_step + steps_per_split, tl.cdiv(inner, BLOCK_C))
     acc = tl.zeros((BLOCK_O, BLOCK_M), tl.float32)
-    if t is not None:
+    if t is not None:  # noqa: SIM102 (known when compiled; the next is not)
         if split == 0:
             acc = _addend(
                 acc, t, u, row, column, rank, stride_tm, stride_tr, stride_uo, stride_ur,
@@ -326,8 +323,8 @@ def matmul_dense(
         tl.store(at, tl.trans(acc), mask=(m < M) & (o < outputs))
     else:
         _finish_tile(
-            acc, tile_m * BLOCK_M, tile_o * BLOCK_O, M, out, bias, values, stride_out_m, stride_out_o, stride_bias,
-            stride_values, alpha, outputs, P, length, GROUPED, PARTS,
+            acc, tile_m * BLOCK_M, tile_o * BLOCK_O, M, out, bias, values, stride_out_m, stride_out_o,
+            stride_bias, stride_values, alpha, outputs, P, length, GROUPED, PARTS,
         )  # fmt: skip
 
 
@@ -345,8 +342,8 @@ def finish_split(
         acc += tl.load(partial + flat, mask=mask, other=0.0)
         partial += numel
     _finish(
-        acc, (flat // outputs).to(tl.int64), flat % outputs, mask, out, bias, values, stride_out_m, stride_out_o, stride_bias,
-        stride_values, alpha, outputs, P, length, GROUPED,
+        acc, (flat // outputs).to(tl.int64), flat % outputs, mask, out, bias, values, stride_out_m,
+        stride_out_o, stride_bias, stride_values, alpha, outputs, P, length, GROUPED,
     )  # fmt: skip
 
 

@@ -1,7 +1,8 @@
 """Quantize: absmax of each block and the nearest code of each weight, bit for bit the reference's.
 
     v = clamp(w * (1 / max(absmax, 1e-38)), -1, 1)      in the short last block w / max(absmax, 1e-38)
-    q = the code whose interval holds v: how many of the 15 midpoints lie below v, in the codes' order; NaN: all
+    q = the code whose interval holds v: as many codes further than the smallest as midpoints lie below v;
+        NaN goes the whole way
 
 Reads each weight once, writes half a byte. Every operation is rounded by itself: nothing is fused.
 """
@@ -9,6 +10,7 @@ Reads each weight once, writes half a byte. Every operation is rounded by itself
 from __future__ import annotations
 
 import struct
+from itertools import pairwise
 
 import triton
 import triton.language as tl
@@ -32,7 +34,7 @@ def _intervals(quant_type: str) -> tuple[tuple[float, ...], tuple[int, ...]]:
     codes = CODES[quant_type]
     order = sorted(range(16), key=lambda q: codes[q])
     # the sum is exact in fp64 and halving is exact: one rounding, that of the fp32 sum
-    middles = tuple(_fp32(codes[a] + codes[b]) / 2 for a, b in zip(order, order[1:], strict=False))
+    middles = tuple(_fp32(codes[a] + codes[b]) / 2 for a, b in pairwise(order))
     return middles, tuple(order)
 
 
