@@ -8,7 +8,7 @@ and 16 conversions to pairs of 16 bits: 3.4 instructions a weight. The shuffles 
 clock on an SM. Byte permutes (PRMT) would do without them, but only with codes rounded to 16 bits, hence
 with a rounding more, and keep the integer pipe, half as wide as the others, busy for longer.
 
-The interpreter has no inline assembly: there the lookup is a tree of selects.
+The interpreter has no inline assembly: there the lookup is a gather.
 """
 
 from __future__ import annotations
@@ -56,15 +56,6 @@ def brought_to(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def _choose(q, codes: tl.constexpr, first: tl.constexpr, count: tl.constexpr):
-    """codes[first + (q & (count - 1))]"""
-    if count == 1:
-        return tl.full(q.shape, codes[first], tl.float32)
-    half: tl.constexpr = count // 2
-    return tl.where(q & half != 0, _choose(q, codes, first + half, half), _choose(q, codes, first, half))
-
-
-@triton.jit
 def _lane_code(codes: tl.constexpr):
     """code[lane & 15], of each lane its own, in the PTX register `peftkern_code` of the whole kernel."""
     lane = tl.inline_asm_elementwise(
@@ -85,23 +76,30 @@ def _lane_code(codes: tl.constexpr):
 
 @triton.jit
 def prepare_lookup(NF4: tl.constexpr):
-    """Once at the head of a kernel that calls `lookup`."""
-    if not INTERPRET:
+    """Once at the head of a kernel that calls `lookup`, which takes what this returns."""
+    if INTERPRET:
+        index = tl.arange(0, 16)
+        codes = tl.zeros((16,), tl.float32)
+        for i in tl.static_range(16):
+            codes = tl.where(index == i, NF4_CODES[i] if NF4 else FP4_CODES[i], codes)
+        return codes
+    else:
         if NF4:
             _lane_code(NF4_CODES)
         else:
             _lane_code(FP4_CODES)
+        return 0
 
 
 @triton.jit
-def lookup(q, NF4: tl.constexpr):
+def lookup(q, codes):
     """fp32 code of the low four bits of q, an int32 tensor; whatever stands above them is ignored.
 
-    The table is no operand: a scalar operand would be spread over a tensor, and that alone keeps the compiler
-    from moving the lookup into the layout of the tensor cores' left operand.
+    On a GPU the table is no operand: a scalar operand would be spread over a tensor, and that alone keeps the
+    compiler from moving the lookup into the layout of the tensor cores' left operand.
     """
     if INTERPRET:
-        return _choose(q, NF4_CODES if NF4 else FP4_CODES, 0, 16)
+        return tl.gather(codes, (q & 15).reshape(q.numel), 0).reshape(q.shape)
     else:
         return tl.inline_asm_elementwise(
             "shfl.sync.idx.b32 $0, peftkern_code, $1, 31, 0xffffffff;",

@@ -27,13 +27,13 @@ def dequantize(
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """EVEN: whole programs, no masks. A block of weights has an even number of them: a byte has one scale."""
-    prepare_lookup(NF4)
+    codes = prepare_lookup(NF4)
     byte = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     # past the end: the last byte once more, not stored
     at = byte if EVEN else tl.minimum(byte, (numel - 1) // 2)
     q = tl.load(packed + at).to(tl.int32)
     scale = load_scale(absmax, absmax2, code2, offset, (at * 2) >> LOG2_BLOCK, LOG2_BLOCK2)
-    values = lookup(tl.join(q >> 4, q), NF4) * scale[:, None]
+    values = lookup(tl.join(q >> 4, q), codes) * scale[:, None]
     i = (byte[:, None] * 2 + tl.arange(0, 2)[None, :]).reshape(BLOCK * 2)
     y = rounded(values, out.dtype.element_ty).reshape(BLOCK * 2)
     if EVEN:

@@ -64,7 +64,10 @@ FINISH_REGISTERS = 16  # sums of a thread that are finished at a time
 @triton.jit
 def _dot(a, b, acc, PRECISION: tl.constexpr):
     if INTERPRET:  # its 16-bit products are wrong (bf16) or summed in 16 bits (fp16)
-        return tl.dot(widened(a), widened(b), acc, input_precision="ieee")
+        if a.dtype == tl.bfloat16:  # as `widened` does; a call of a function is what takes long there
+            a = (a.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+            b = (b.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
     else:
         return tl.dot(a, b, acc, input_precision=PRECISION)
 
@@ -186,7 +189,7 @@ def matmul_4bit(
     # halves or words of a step, along W's rows
     W: tl.constexpr = BLOCK_O // 4 if TRANSPOSED else BLOCK_C // 8
     GROUPS: tl.constexpr = BLOCK_O // SCALE_COLUMNS
-    prepare_lookup(NF4)
+    codes = prepare_lookup(NF4)
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_o = tl.cdiv(outputs, BLOCK_O)
     tile_m, tile_o = _tile(tiles_m, tiles_o, GROUP)
@@ -227,7 +230,7 @@ def matmul_4bit(
                 halves = tl.load(w_tile)
                 scale = tl.load(absmax + (scale_at >> LOG2_BLOCK))
                 scale = scale[:, :, None].broadcast_to(BLOCK_C, GROUPS, W // GROUPS).reshape(BLOCK_C, W)
-                w = rounded(lookup(nibbles_of_half(halves), NF4) * scale[:, :, None, None], COMPUTE)
+                w = rounded(lookup(nibbles_of_half(halves), codes) * scale[:, :, None, None], COMPUTE)
                 w = w.reshape(BLOCK_C, W // 8, 8, 2, 2).permute(4, 1, 3, 2, 0).reshape(BLOCK_O, BLOCK_C)
                 acc = _dot(w, tl.load(x_tile), acc, PRECISION)
                 w_tile += BLOCK_C * line
@@ -245,7 +248,7 @@ def matmul_4bit(
                 words = tl.load(w_tile)
                 scale = tl.load(absmax + (scale_at >> LOG2_BLOCK))
                 q = nibbles_of_word(words).reshape(BLOCK_O, W // 4, 4, 2, 2, 2).permute(0, 1, 4, 5, 2, 3)
-                w = rounded(lookup(q.reshape(BLOCK_O, BLOCK_C), NF4) * scale[:, None], COMPUTE)
+                w = rounded(lookup(q.reshape(BLOCK_O, BLOCK_C), codes) * scale[:, None], COMPUTE)
                 acc = _dot(w, tl.load(x_tile), acc, PRECISION)
                 w_tile += W
                 scale_at += BLOCK_C
@@ -261,7 +264,7 @@ def matmul_4bit(
                 flat = column[:, None] * columns + at[None, :]
             byte = tl.load(packed + (flat >> 1)).to(tl.int32)
             scale = tl.load(absmax + (flat >> LOG2_BLOCK))
-            w = lookup(tl.where(flat & 1 == 0, byte >> 4, byte), NF4) * scale
+            w = lookup(tl.where(flat & 1 == 0, byte >> 4, byte), codes) * scale
             w = tl.where(inside[None, :], w, 0.0)
             x_values = tl.load(
                 x + at[:, None] * stride_xc + row[None, :] * stride_xm, mask=inside[:, None], other=0.0
