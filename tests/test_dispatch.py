@@ -75,7 +75,7 @@ def test_backward_runs_after_the_block() -> None:
 @pytest.mark.parametrize("name", ["cuda", "CPU", "", 3])
 def test_unknown_backend(name: object) -> None:
     with (
-        pytest.raises(ValueError, match=f"name: expected one of cpu, reference, got {name!r}"),
+        pytest.raises(ValueError, match=f"name: expected one of cpu, triton, reference, got {name!r}"),
         use_backend(name),
     ):  # type: ignore[arg-type]
         pass
@@ -93,7 +93,8 @@ def test_forced_backend_that_cannot_raises_with_every_reason() -> None:
 
 def test_nobody_can() -> None:
     with pytest.raises(
-        RuntimeError, match=r"no backend can run matmul int8 on cpu:\n  cpu: .*\n  reference: it takes"
+        RuntimeError,
+        match=r"no backend can run matmul int8 on cpu:\n  cpu: .*\n  triton: .*\n  reference: it takes",
     ):
         dispatch.find("matmul", CPU, torch.int8)
     with pytest.raises(RuntimeError, match="reference: it has no transpose"):
@@ -248,5 +249,7 @@ def test_environment_forces_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PEFTKERN_BACKEND", "")
     assert dispatch._from_environment() is None
     monkeypatch.setenv("PEFTKERN_BACKEND", "gpu")
-    with pytest.raises(ValueError, match="PEFTKERN_BACKEND: expected one of cpu, reference, got 'gpu'"):
+    with pytest.raises(
+        ValueError, match="PEFTKERN_BACKEND: expected one of cpu, triton, reference, got 'gpu'"
+    ):
         dispatch._from_environment()

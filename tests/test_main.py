@@ -77,7 +77,7 @@ def test_json_schema():
     assert set(got["extension"]) == {"loaded", "path", "reason", "build"}
     assert got["extension"]["loaded"] == (cpu.missing() is None)
     assert got["threads"]["torch"] >= 1
-    assert list(got["backends"]) == ["cpu", "reference"]
+    assert list(got["backends"]) == ["cpu", "triton", "reference"]
     assert set(got["chosen"]) == {"float32", "bfloat16", "float16"}
     test = got["self_test"]
     assert set(test) == {"passed", "seconds", "shape", "checks"}

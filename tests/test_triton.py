@@ -6,6 +6,12 @@ tiles, split sums or the way over a dequantized W.
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+
 import bounds
 import pytest
 import torch
@@ -16,17 +22,15 @@ import peftkern
 from peftkern import QuantizedWeight, reference
 from peftkern.backends import Call, triton
 
-pytestmark = pytest.mark.skipif(
-    not triton.INTERPRETED, reason="needs TRITON_INTERPRET=1, set before the start"
-)
-
 HALVES = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, *HALVES)
 
 
-@pytest.fixture(autouse=True)
-def _forced():
-    """bounds.compute_dtype asks who runs."""
+@pytest.fixture
+def interpreted() -> Iterator[None]:
+    """The backend on CPU tensors, forced: bounds.compute_dtype asks who runs."""
+    if not triton.INTERPRETED:
+        pytest.skip("needs TRITON_INTERPRET=1, set before the start (make test-triton)")
     with peftkern.use_backend("triton"):
         yield
 
@@ -73,6 +77,7 @@ def quantized(
         return peftkern.quantize_4bit(torch.randn(N, K), quant_type, blocksize, nested)
 
 
+@pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize(
@@ -107,6 +112,7 @@ def test_words(
     bounds.check("out", out, expected(x, weight, transposed, dtype, 0.5, t, u, bias))
 
 
+@pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_bytes_of_any_address(dtype: torch.dtype, transposed: bool) -> None:
@@ -123,6 +129,7 @@ def test_bytes_of_any_address(dtype: torch.dtype, transposed: bool) -> None:
 SPREADS = [(False, 0), (False, 5), (False, 64), (False, 70), (False, 500), (True, 0)]
 
 
+@pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize(("grouped", "length"), SPREADS)
 @pytest.mark.parametrize("P", [1, 7, 64, 100])
 def test_spread(grouped: bool, length: int, P: int) -> None:
@@ -141,6 +148,7 @@ def test_spread(grouped: bool, length: int, P: int) -> None:
         bounds.check("alone", out, Approx(alone, slack, slack).rounded(out.dtype))
 
 
+@pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_split_sums(dtype: torch.dtype, transposed: bool) -> None:
@@ -159,6 +167,7 @@ def test_split_sums(dtype: torch.dtype, transposed: bool) -> None:
         bounds.check("out", out, expected(x, weight, transposed, dtype, bias=bias))
 
 
+@pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("addend", ["lora", "spread", "bias", "none"])
 @pytest.mark.parametrize("dtype", HALVES)
@@ -198,6 +207,7 @@ COMPRESSIONS = [
 ]
 
 
+@pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize(("I", "P", "grouped", "length"), COMPRESSIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_compress(I: int, P: int, grouped: bool, length: int, dtype: torch.dtype) -> None:  # noqa: E741
@@ -211,6 +221,7 @@ def test_compress(I: int, P: int, grouped: bool, length: int, dtype: torch.dtype
     bounds.check("out", out, Approx(value, slack, slack).rounded(dtype))
 
 
+@pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("inverse", [False, True])
 @pytest.mark.parametrize(("n", "h"), [(1, 1), (3, 5), (7, 50)])
 def test_compress_turns_blocks(n: int, h: int, inverse: bool) -> None:
@@ -225,13 +236,56 @@ def test_compress_turns_blocks(n: int, h: int, inverse: bool) -> None:
     bounds.check("out", out, Approx(value, slack, slack))
 
 
-def test_who_is_refused_and_why() -> None:
-    cuda = Call("matmul", torch.device("cuda", 0), torch.float32)
-    assert triton.supports(cuda) == "TRITON_INTERPRET=1: it runs tensors on cpu, these are on cuda:0"
-    wrong = Call("matmul", torch.device("cpu"), torch.float64)
-    assert triton.supports(wrong) == "it takes float32, bfloat16 and float16, this is float64"
+def test_who_is_refused_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda", 0)
+    monkeypatch.setattr(triton, "INTERPRETED", True)
+    assert triton.supports(Call("matmul", cpu, torch.float32)) is None
+    told = triton.supports(Call("matmul", cuda, torch.float32))
+    assert told == "TRITON_INTERPRET=1: it runs tensors on cpu, these are on cuda:0"
+    told = triton.supports(Call("matmul", cpu, torch.float64))
+    assert told == "it takes float32, bfloat16 and float16, this is float64"
+    monkeypatch.setattr(triton, "INTERPRETED", False)
+    assert triton.supports(Call("matmul", cpu, torch.float32)) == "it runs tensors on cuda, these are on cpu"
 
 
+@pytest.mark.parametrize(
+    ("version", "problem"),
+    [
+        ("3.5.1", "it needs triton 3.6 or newer, this is 3.5.1"),
+        ("3.6.0", None),
+        ("3.10.0+git1234", None),
+        (None, "triton is not installed (pip install peftkern[triton])"),
+    ],
+)
+def test_which_triton_will_do(
+    version: str | None, problem: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if version is None else object())
+    monkeypatch.setattr("importlib.metadata.version", lambda name: version)
+    triton.missing.cache_clear()
+    try:
+        assert triton.missing() == problem
+    finally:
+        triton.missing.cache_clear()
+
+
+def test_nobody_imports_triton_for_a_cpu_tensor() -> None:
+    """A machine without a GPU pays nothing for the backend."""
+    program = """
+        import sys, torch, peftkern
+        weight = peftkern.quantize_4bit(torch.randn(8, 64))
+        peftkern.linear_4bit(torch.randn(2, 64), weight)
+        print(peftkern.explain("linear_4bit", torch.randn(2, 64), weight))
+        sys.exit("triton" in sys.modules)
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "not triton: " in result.stdout
+
+
+@pytest.mark.usefixtures("interpreted")
 def test_dispatch_prefers_the_compiled_kernels() -> None:
     """Interpreted Triton runs a call on CPU tensors only when it is forced."""
     with peftkern.use_backend(None):
