@@ -157,14 +157,15 @@ def test_split_sums(dtype: torch.dtype, transposed: bool) -> None:
 
     weight = quantized(1024, 64) if transposed else quantized(64, 1024)
     x, bias = torch.randn(2, 1024).to(dtype), torch.randn(64)
+    t, u = torch.randn(2, 3).to(dtype), torch.randn(64, 3)  # in one part alone
     for processors, split in ((132, True), (1, False)):
         out = torch.full((2, 64), torch.nan, dtype=dtype)
         machine = launch.Machine(90, processors)
-        launches = matmul.plan(machine, out, x, weight.kernel_args, transposed, 1.0, None, None, bias, None)
+        launches = matmul.plan(machine, out, x, weight.kernel_args, transposed, 0.5, t, u, bias, None)
         assert (launches[-1].kernel is matmul.finish_split) == split
         for each in launches:
             each.run()
-        bounds.check("out", out, expected(x, weight, transposed, dtype, bias=bias))
+        bounds.check("out", out, expected(x, weight, transposed, dtype, 0.5, t, u, bias))
 
 
 @pytest.mark.usefixtures("interpreted")
