@@ -25,6 +25,10 @@ if triton.INTERPRETED:
     if triton.missing() is not None:
         raise pytest.UsageError(f"TRITON_INTERPRET=1, but {triton.missing()}")
     BACKENDS.append("triton")
+elif torch.cuda.is_available():
+    # torch refuses cuBLAS in deterministic mode without it
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    BACKENDS.append("triton-cuda")
 
 
 def pytest_report_header() -> str:
@@ -54,10 +58,15 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each backend, forced; the cpu one at each level, the triton one under TRITON_INTERPRET=1."""
+    """Each backend, forced; the cpu one at each level, the triton one on the GPU, or on the CPU under
+    TRITON_INTERPRET=1."""
     name, _, level = request.param.partition("-")
     with peftkern.use_backend(name):
-        if level:
+        if level == "cuda":
+            # every tensor that a test makes without saying where
+            with torch.device("cuda"):
+                yield request.param
+        elif level:
             with cpu.use_isa(level):
                 yield request.param
         else:

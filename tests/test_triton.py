@@ -171,7 +171,7 @@ def test_split_sums(dtype: torch.dtype, transposed: bool) -> None:
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("addend", ["lora", "spread", "bias", "none"])
-@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_dequantized_for_a_vendors_product(
     dtype: torch.dtype, addend: str, transposed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -179,6 +179,7 @@ def test_dequantized_for_a_vendors_product(
     from peftkern.triton_kernels import choices
 
     monkeypatch.setattr(choices, "CROSSOVER", {80: 8, 90: 8})
+    monkeypatch.setattr(choices, "CROSSOVER_FLOAT32", 8)
     weight = quantized(48, 96, nested=True)
     inner, outputs = (48, 96) if transposed else (96, 48)
     x, out = torch.randn(9, inner).to(dtype), torch.full((9, outputs), torch.nan, dtype=dtype)

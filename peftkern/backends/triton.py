@@ -67,8 +67,9 @@ def detail(call: Call) -> str:
     text = f"Triton, sm_{machine.capability}"
     if call.primitive == "matmul_dense":
         return f"cuBLAS, the addend by {text}"
-    if call.primitive == "matmul" and call.dtype != torch.float32:
-        limit = choices.of(choices.CROSSOVER, machine)
+    if call.primitive == "matmul":
+        full = call.dtype == torch.float32
+        limit = choices.CROSSOVER_FLOAT32 if full else choices.of(choices.CROSSOVER, machine)
         return f"{text}; a 4-bit W fused below {limit} rows, dequantized for cuBLAS from there on"
     return text
 
@@ -110,8 +111,7 @@ def matmul(
         not isinstance(weight, Tensor)
         and alpha == 1.0
         and out.dtype == x.dtype
-        and x.dtype != torch.float32
-        and x.shape[0] >= choices.of(choices.CROSSOVER, machine)
+        and choices.dequantizes(x.shape[0], x.dtype == torch.float32, machine)
     ):
         scratch = x.new_empty(weight[5], weight[6])
         dequantize(scratch, weight)

@@ -71,6 +71,7 @@ THIN_FLOAT32 = Tile(32, 32, 32, 4, 2)
 
 # from this M on: dequantize into a scratch buffer, then cuBLAS adds onto the addend
 CROSSOVER: dict[int, int] = {90: 2048, 80: 1024}
+CROSSOVER_FLOAT32 = 128  # no tensor cores to overlap with: the vendor's product is ahead early
 
 GROUP = 8  # tiles of rows that pass over W together, while its bytes lie in L2
 MAX_SPLITS = 16  # of a sum too long for the few tiles there are
@@ -108,3 +109,8 @@ def words_tile(rows: int, outputs: int, blocksize: int, transposed: bool, machin
 def thin_tile(rows: int, outputs: int) -> Tile:
     table, rank = (THIN_OUTPUTS, outputs) if outputs <= rows else (THIN_ROWS, rows)
     return table[16 if rank <= 16 else 32 if rank <= 32 else 64]
+
+
+def dequantizes(rows: int, full: bool, machine: Machine) -> bool:
+    """Whether so many rows are worth a dequantized copy of W; full: fp32."""
+    return rows >= (CROSSOVER_FLOAT32 if full else of(CROSSOVER, machine))
