@@ -59,7 +59,7 @@ FLOAT32 = Tile(64, 32, 32, 4, 2)
 # a dense W, one side of the product a rank
 THIN_OUTPUTS = {
     16: Tile(16, 64, 128, 4, 3),
-    32: Tile(32, 64, 128, 4, 3),
+    32: Tile(32, 64, 64, 4, 3),
     64: Tile(64, 64, 64, 4, 3),
 }  # x Aᵀ: a long sum
 THIN_ROWS = {
