@@ -30,22 +30,16 @@ import typer
 from torch import Tensor
 
 import peftkern
-from bench.cases import Shape
+from bench.cases import LLAMA, Shape
 from bench.eager_mora import EagerMora
 from bench.machine import ROOT, commit
 from peftkern import QuantizedWeight
 
-LLAMA_8B = (
-    Shape(4096, 4096, "8B q, o"),
-    Shape(14336, 4096, "8B gate, up"),
-    Shape(4096, 14336, "8B down"),
-    Shape(1024, 4096, "8B k, v"),
-)
 LLAMA_70B = (
-    Shape(8192, 8192, "70B q, o"),
-    Shape(28672, 8192, "70B gate, up"),
-    Shape(8192, 28672, "70B down"),
-    Shape(1024, 8192, "70B k, v"),
+    Shape(8192, 8192, "Llama-3-70B q, o"),
+    Shape(28672, 8192, "Llama-3-70B gate, up"),
+    Shape(8192, 28672, "Llama-3-70B down"),
+    Shape(1024, 8192, "Llama-3-70B k, v"),
 )
 TOKENS = (1, 4, 16, 64, 128, 256, 512, 1024, 2048, 8192)
 TRAINED = (512, 2048, 8192)
@@ -449,7 +443,7 @@ def main(
         "commit": commit(),
         "when": time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime()),
     }
-    shapes = (LLAMA_8B if "8b" in models else ()) + (LLAMA_70B if "70b" in models else ())
+    shapes = (LLAMA if "8b" in models else ()) + (LLAMA_70B if "70b" in models else ())
     with target.open("w", newline="") as out:
         writer = csv.DictWriter(out, COLUMNS, restval="")
         writer.writeheader()

@@ -18,7 +18,8 @@ import typer
 from torch import Tensor
 
 import peftkern
-from bench.gpu import LLAMA_8B, ROUNDS, Weights, _calls, _elapsed, _graph, agree
+from bench.cases import LLAMA
+from bench.gpu import ROUNDS, Weights, _calls, _elapsed, _graph, agree
 from peftkern.backends import triton as backend
 
 M = "16,32,64,128,256,512,1024,2048,4096"
@@ -69,7 +70,7 @@ def main(
     machine = backend._machine(device)
     table = matmul.words_tile
     found: list[dict[str, Any]] = []
-    for shape in LLAMA_8B:
+    for shape in LLAMA:
         if shapes and shape.name not in shapes.split(","):
             continue
         weights = Weights(shape, device)

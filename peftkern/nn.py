@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -26,7 +27,7 @@ from peftkern.ops.mora import mora, mora_delta, mora_linear, mora_rank
 from peftkern.reference import mora_kind
 
 
-class _AdaptedLinear(nn.Module):
+class _AdaptedLinear(nn.Module, ABC):
     """A frozen weight and bias beside an adapter, which the subclass has: its parameters, what it adds to W
     (`delta`), how it starts (`reset_parameters`), and the product with it (`_adapted`)."""
 
@@ -80,14 +81,17 @@ class _AdaptedLinear(nn.Module):
         frozen = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self.register_parameter("bias", frozen)
 
+    @abstractmethod
     def reset_parameters(self) -> None:
-        raise NotImplementedError
+        """The adapter as at the start: ΔW = 0."""
 
+    @abstractmethod
     def delta(self) -> Tensor:
-        raise NotImplementedError
+        """ΔW [out_features, in_features]."""
 
+    @abstractmethod
     def _adapted(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
+        """X Wᵀ + adapter(X) + b."""
 
     def _frozen(self, x: Tensor) -> Tensor:
         """X Wᵀ + b."""
@@ -204,8 +208,9 @@ class _AdaptedLinear(nn.Module):
             + (", merged" if self.merged else "")
         )
 
+    @abstractmethod
     def _adapter_repr(self) -> str:
-        raise NotImplementedError
+        """What extra_repr says of the adapter."""
 
 
 class LoRALinear(_AdaptedLinear):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from bounds import UNIT
+from bounds import SMALLEST, UNIT
 from guarded import guarded
 from torch import Tensor
 
@@ -90,7 +90,7 @@ def test_spread_alone(
                 x, w = torch.empty(rows, 0, dtype=dtype), torch.empty(outputs, 0)
                 _cpu.matmul(out, x, w, False, 1.0, None, None, b, (values, grouped, length), 2)
                 # bias + spread and out's own rounding
-                bound = error + (U32 + UNIT[dtype]) * (expected.abs() + error) + 2.0**-25
+                bound = error + (U32 + UNIT[dtype]) * (expected.abs() + error) + SMALLEST[dtype]
                 assert ((out.double() - expected).abs() <= bound).all(), (rows, layout)
 
 
@@ -174,7 +174,7 @@ def test_compress(wide: int, columns: int, grouped: bool, length: int, dtype: to
             x.copy_(values)
             out = torch.full((rows, columns + 3), torch.nan, dtype=dtype)[:, 2 : 2 + columns]
             _cpu.compress(out, x, grouped, length, None, False, 2)
-            bound = error + UNIT[dtype] * (expected.abs() + error) + 2.0**-25
+            bound = error + UNIT[dtype] * (expected.abs() + error) + SMALLEST[dtype]
             assert ((out.double() - expected).abs() <= bound).all(), (rows, layout)
             outs.append(out)
         assert all(torch.equal(out, outs[0]) for out in outs), "bits that depend on the layout of x"
@@ -223,7 +223,7 @@ def test_compress_turns(
             for x in (values, values.t().contiguous().t()):
                 _cpu.compress(out, x, grouped, length, rotation, inverse, 2)
                 bound = errors + 3 * U32 * both
-                bound += UNIT[out_dtype] * (expected.abs() + bound) + 2.0**-25
+                bound += UNIT[out_dtype] * (expected.abs() + bound) + SMALLEST[out_dtype]
                 assert ((out.double() - expected).abs() <= bound).all(), (rows, out_dtype)
 
 

@@ -57,6 +57,32 @@ class Call(NamedTuple):
         return f"{self.primitive} {str(self.dtype).removeprefix('torch.')} on {self.device}"
 
 
+def gemm_onto(
+    matmul: Primitive,
+    out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    transposed: bool,
+    t: Tensor | None,
+    u: Tensor | None,
+    bias: Tensor | None,
+    spread: Spread | None,
+) -> None:
+    """matmul_dense by torch's GEMM: `matmul`, the backend's own, writes the addends in one thin pass, and the
+    GEMM then adds to them in its own epilogue."""
+    w = weight if transposed else weight.t()
+    if spread is None and (t is None or u is None):
+        if bias is None:
+            torch.mm(x, w, out=out)
+        else:
+            torch.addmm(bias.to(x.dtype), x, w, out=out)
+        return
+    if t is None or u is None:
+        t, u = x[:, :0], w.t()[:, :0]
+    matmul(out, t, u, False, 1.0, None, None, bias, spread)
+    out.addmm_(x, w)
+
+
 @dataclass(frozen=True)
 class Backend:
     name: str

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, get_num_threads
 
-from peftkern.backends import Backend, Call, Spread, Weight4
+from peftkern.backends import Backend, Call, Spread, Weight4, gemm_onto
 
 _cpu: Any = None
 _missing: str | None = None
@@ -64,18 +64,7 @@ def matmul_dense(
     bias: Tensor | None = None,
     spread: Spread | None = None,
 ) -> None:
-    w = weight if transposed else weight.t()
-    if spread is None and (t is None or u is None):
-        if bias is None:
-            torch.mm(x, w, out=out)
-        else:
-            torch.addmm(bias.to(x.dtype), x, w, out=out)
-        return
-    # the addends first, in one thin pass; the GEMM then adds to them in its own epilogue
-    if t is None or u is None:
-        t, u = x[:, :0], w.t()[:, :0]
-    _cpu.matmul(out, t, u, False, 1.0, None, None, bias, spread, get_num_threads())
-    out.addmm_(x, w)
+    gemm_onto(matmul, out, x, weight, transposed, t, u, bias, spread)
 
 
 def dequantize(out: Tensor, weight: Weight4) -> None:

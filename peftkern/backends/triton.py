@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from peftkern.backends import Backend, Call, Spread, Weight4
+from peftkern.backends import Backend, Call, Spread, Weight4, gemm_onto
 
 if TYPE_CHECKING:
     from peftkern.triton_kernels.launch import Launch, Machine
@@ -130,18 +130,7 @@ def matmul_dense(
     bias: Tensor | None = None,
     spread: Spread | None = None,
 ) -> None:
-    w = weight if transposed else weight.t()
-    if t is None and spread is None:
-        if bias is None:
-            torch.mm(x, w, out=out)
-        else:
-            torch.addmm(bias.to(x.dtype), x, w, out=out)
-        return
-    # the addend first, in one thin pass; the GEMM then adds to it in its own epilogue
-    if t is None or u is None:
-        t, u = x[:, :0], weight.new_empty(out.shape[1], 0)
-    matmul(out, t, u, False, 1.0, None, None, bias, spread)
-    out.addmm_(x, w)
+    gemm_onto(matmul, out, x, weight, transposed, t, u, bias, spread)
 
 
 def compress(

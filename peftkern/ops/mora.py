@@ -223,18 +223,22 @@ def _blocks_backward(
     row, compress = find("matmul", dY.device, dY.dtype), find("compress", dY.device, dY.dtype)
     table = _rotation(size, plan.blocks, dY.device) if rotated else None
     blocks = _row_blocks(dY, width, weight is not None and matrix is not None)
-    outer = dY.new_empty(blocks[0].parts[0][1], width)
-    inner = None if x is None else torch.empty_like(outer)
+    largest = blocks[0].parts[0][1]
+    copied = dY.shape[1] == width and dY.is_contiguous()  # dY is its own compression
+    outer = None if copied else dY.new_empty(largest, width)
+    inner = None if x is None else dY.new_empty(largest, width)
     values = None if matrix is None else dY.new_empty(blocks[0].rows, width, dtype=torch.float32)
     turned = unrotate = None
     if matrix is not None and table is not None:
-        turned = torch.empty_like(outer, dtype=torch.float32)
+        turned = dY.new_empty(largest, width, dtype=torch.float32)
         unrotate = find("compress", dY.device, torch.float32)
     term = dM
     for start, rows, parts in blocks:
         for at, some in parts:
-            g = _cut(outer, 0, some)
-            compress(g, _cut(dY, at, some), *plan.outer, None, False)
+            g = _cut(dY, at, some)
+            if outer is not None:
+                g = _cut(outer, 0, some)
+                compress(g, _cut(dY, at, some), *plan.outer, None, False)
             if x is not None and inner is not None:
                 a = _cut(inner, 0, some)
                 compress(a, _cut(x, at, some), *plan.inner, table, False)
