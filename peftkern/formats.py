@@ -471,8 +471,9 @@ def double_quantize(absmax: Tensor) -> tuple[Tensor, DoubleQuant]:
 
     bitsandbytes' CUDA library takes the code nearest to v itself, without the 65536 bins, so its bytes can
     differ by one code where v is within 1.6e-5 of a midpoint and for tiny v. A group of zeros has s = 0 and
-    codes 0. The mean is torch's as one thread computes it, at any thread count (bitsandbytes' depends on the
-    thread count in its last bit beyond 32768 blocks). No blocks: offset 0.
+    codes 0. The mean is torch's as one thread of the CPU computes it, at any thread count (bitsandbytes' depends
+    on the thread count in its last bit beyond 32768 blocks) and on any device: absmax is copied to the CPU for
+    it, and the rest rounds alike everywhere, so the bytes do not depend on the device. No blocks: offset 0.
 
     Raises ValueError for an absmax that is not finite: through the mean, one NaN or Inf would spread to every
     weight.
@@ -489,8 +490,10 @@ def double_quantize(absmax: Tensor) -> tuple[Tensor, DoubleQuant]:
         raise _refuse(
             "weight", "finite values with double_quant=True", f"NaN or Inf in {bad} of {blocks} blocks"
         )
-    # Two equal rows: torch splits a reduction to one element over its threads, but not a reduction to two.
-    offset = absmax.expand(2, -1).mean(1)[0].clone()
+    # A GPU would sum in another order. Two equal rows: torch splits a reduction to one element over its
+    # threads, but not a reduction to two.
+    source = absmax if device.type == "meta" else absmax.cpu()
+    offset = source.expand(2, -1).mean(1)[0].clone().to(device)
     groups = -(-blocks // NESTED_BLOCKSIZE)
     centred = torch.nn.functional.pad(absmax - offset, (0, groups * NESTED_BLOCKSIZE - blocks)).view(
         groups, -1
@@ -500,6 +503,7 @@ def double_quantize(absmax: Tensor) -> tuple[Tensor, DoubleQuant]:
     # fp64 holds the product and the sum exactly: the one rounding to fp32 is that of the fused multiply-add.
     bins = (((unit + 1.0) * 0.5).double() * 65535.0 + 0.5).float().nan_to_num(0.0).floor()
     midpoints = (code[:-1] + code[1:]) * 0.5
+    # torch divides by a number on the CPU and multiplies by its reciprocal on a GPU: no bin's code differs
     codes = torch.bucketize((bins + bins) / 65535.0 - 1.0, midpoints).to(torch.uint8)
     codes = torch.where(scale[:, None] == 0, torch.zeros_like(codes), codes)
     return codes.view(-1)[:blocks].clone(), DoubleQuant(scale, code, offset)

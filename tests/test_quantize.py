@@ -30,7 +30,7 @@ from peftkern import (
 )
 from peftkern.backends import cpu
 from peftkern.dispatch import find
-from peftkern.formats import BLOCKSIZES, CODES, code_table, double_quantize
+from peftkern.formats import BLOCKSIZES, CODES, DYNAMIC_CODE, code_table, double_quantize
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 QUANT_TYPES = sorted(CODES)
@@ -164,6 +164,27 @@ def test_nested_bytes_at_size(one_thread: None) -> None:
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         assert_same_bits(quantize_4bit(dense, "nf4", 64, double_quant=True), expected)
+
+
+def test_nested_bytes_do_not_depend_on_how_a_device_divides() -> None:
+    """torch's CUDA kernels take x / 65535 as x · (1 / 65535), an ulp apart for 191 of the 65536 bins."""
+    code = torch.tensor(DYNAMIC_CODE)
+    midpoints = (code[:-1] + code[1:]) * 0.5
+    twice = 2.0 * torch.arange(65536.0)
+    divided, multiplied = twice / 65535.0 - 1.0, twice * torch.tensor(65535.0).reciprocal() - 1.0
+    assert not torch.equal(divided, multiplied)
+    assert torch.equal(torch.bucketize(divided, midpoints), torch.bucketize(multiplied, midpoints))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_nested_bytes_do_not_depend_on_the_device() -> None:
+    for blocks in (1, 255, 300, 40000):
+        absmax = torch.rand(blocks, generator=torch.Generator().manual_seed(blocks)) + 2.0
+        codes, nested = double_quantize(absmax)
+        there, other = double_quantize(absmax.cuda())
+        assert torch.equal(there.cpu(), codes)
+        assert torch.equal(bits(other.absmax.cpu()), bits(nested.absmax))
+        assert torch.equal(bits(other.offset.cpu()), bits(nested.offset))
 
 
 def test_nested_statistics_of_equal_blocks() -> None:

@@ -116,8 +116,9 @@ def quantize_4bit(
     - an odd N·K leaves a last low nibble, that of 0: 7 (NF4) or 0 (FP4).
 
     double_quant stores absmax as 8-bit codes of absmax - mean(absmax), 256 to a group: 4.127 bits a weight
-    instead of 4.5 at blocksize 64. Its bytes too are those of the CPU path (formats.double_quantize says
-    how); a weight with NaN or Inf raises ValueError, as the mean would carry it to every block.
+    instead of 4.5 at blocksize 64. Its bytes too are those of the CPU path, on every device, as the mean is
+    taken on the CPU (formats.double_quantize says how); a weight with NaN or Inf raises ValueError, as the
+    mean would carry it to every block. Both wait for a GPU.
 
     Raises TypeError or ValueError naming the argument. Source: QLoRA, Dettmers et al., arXiv 2305.14314;
     bitsandbytes.
