@@ -544,12 +544,20 @@ def linear_4bit(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) 
     x [..., K] fp32, bf16 or fp16, any strides, any batch shape, empty too; weight QuantizedWeight [N, K];
     bias [N] of any of these dtypes. Returns [..., N] of x's dtype, contiguous.
 
-    fp32 accumulation and one rounding at the end. For bf16 x the weight's values are rounded to bf16 (as
-    dequantize_4bit gives them) or better; for fp32 and fp16 x they are the unrounded fp32 code · absmax.
+    fp32 accumulation and one rounding at the end. The weight's values are the fp32 code · absmax, rounded to
+    what the backend multiplies: for bf16 x to bf16 (as dequantize_4bit gives them) or not at all; for fp16 x
+    not at all on cpu and reference, and to fp16, which tensor cores take, on triton; for fp32 x not at all
+    (on a GPU x and W to TF32 where torch.backends.cuda.matmul.allow_tf32 asks for it). With u the unit
+    roundoff of that type (bf16 2^-8, fp16 2^-11, unrounded 0) and v that of x's dtype, to first order
 
-    Backward: dX = dY W from the same packed bytes, dbias = Σ dY in fp32; W is frozen. Saved: the packed
-    weight, by reference; not x. First derivatives in reverse mode only: double backward and forward mode
-    raise RuntimeError. Under torch.autocast x is cast as F.linear casts it.
+        |y - exact| ≤ (u + (K + 6) 2^-24) (Σ|x||W| + |b|) + v |y|
+
+    and where triton hands a dequantized W and many rows to cuBLAS (explain says from how many on) b is
+    rounded to x's dtype before: v |b| more.
+
+    Backward: dX = dY W from the same packed bytes, within the same bound with N for K; dbias = Σ dY in fp32;
+    W is frozen. Saved: the packed weight, by reference; not x. First derivatives in reverse mode only: double
+    backward and forward mode raise RuntimeError. Under torch.autocast x is cast as F.linear casts it.
 
     Raises TypeError or ValueError naming the argument; RuntimeError when a forced backend cannot run the
     call. Method: QLoRA, Dettmers et al., arXiv 2305.14314.
