@@ -104,19 +104,23 @@ def test_peak_sees_allocations() -> None:
         (100, 100, 100),
     ],
 )
-def test_scratch(M: int, block: int, part: int, kind: str, mora_type: int | str) -> None:
+@pytest.mark.parametrize("outputs", [1152, 1024])
+def test_scratch(M: int, block: int, part: int, kind: str, mora_type: int | str, outputs: int) -> None:
     """Allocated at most, beyond y and beyond dx: with one block in the middle z and u; with several the fp32
     u of one row block, and of one part of it what is before that; never anything as large as the whole
     middle, which an eager composition makes several times."""
-    P, outputs, rank = 1024, 1152, 32
+    P, rank = 1024, 32
     weight = base(kind, torch.bfloat16, outputs, P)
     x = torch.randn(M, P).bfloat16().requires_grad_()
     o = {"x": x, "matrix": torch.randn(rank, rank).requires_grad_(), "bias": torch.randn(outputs)}
     grad = torch.randn(M, outputs).bfloat16()
     if mora_type in (6, "decoupling"):
         values = 4 * P * (part if kind == "none" else block)
-        # a; in backward g, a and, turned, g M before it is turned back
-        forward, backward = values + 2 * P * part, values + (8 if mora_type == 6 else 4) * P * part
+        a, turned = 2 * P * part, 4 * P * part if mora_type == 6 else 0  # g M, not yet turned back
+        # alone, the middle is dx here, and y and dY too where there are as many columns
+        square = outputs == P
+        forward = a + (0 if kind == "none" and square else values)
+        backward = a + (0 if square else a) + turned + (0 if kind == "none" else values)
         # what the docstrings say
         assert forward <= (1 << 21 if kind == "none" else 4 * P * min(M, 384) + (1 << 20))
         assert backward <= (1 << 22 if kind == "none" else 4 * P * min(M, 384) + 3 * (1 << 20))

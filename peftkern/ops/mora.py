@@ -158,6 +158,10 @@ def _cut(tensor: Tensor, start: int, rows: int) -> Tensor:
     return tensor if tensor.shape[0] == rows else tensor[start : start + rows]
 
 
+def _values(x: Tensor, blocks: list[_Block], width: int) -> Tensor:
+    return x.new_empty(blocks[0].rows, width, dtype=torch.float32)
+
+
 def _finish(
     row: Primitive,
     out: Tensor,
@@ -192,14 +196,17 @@ def _blocks(
     table = _rotation(size, plan.blocks, x.device) if rotated else None
     blocks = _row_blocks(x, width, weight is not None)
     middle = x.new_empty(blocks[0].parts[0][1], width)
-    values = x.new_empty(blocks[0].rows, width, dtype=torch.float32)
+    # y may be the middle itself
+    values = None if weight is None and outputs == width else _values(x, blocks, width)
     for start, rows, parts in blocks:
-        X, V = _cut(x, start, rows), _cut(values, 0, rows)
+        Y = _cut(out, start, rows)
+        V = Y if values is None else _cut(values, 0, rows)
         for at, some in parts:
             a, v = _cut(middle, 0, some), _cut(V, at - start, some)
             compress(a, _cut(x, at, some), *plan.inner, table, False)
             row(v.view(-1, size), a.view(-1, size), matrix, False, scaling, None, None, None)
-        _finish(row, _cut(out, start, rows), X, weight, False, bias, (V, *plan.outer))
+        if values is not None:
+            _finish(row, Y, _cut(x, start, rows), weight, False, bias, (V, *plan.outer))
     return out
 
 
@@ -227,7 +234,9 @@ def _blocks_backward(
     copied = dY.shape[1] == width and dY.is_contiguous()  # dY is its own compression
     outer = None if copied else dY.new_empty(largest, width)
     inner = None if x is None else dY.new_empty(largest, width)
-    values = None if matrix is None else dY.new_empty(blocks[0].rows, width, dtype=torch.float32)
+    # dx may be the middle itself
+    spread = matrix is not None and (weight is not None or inputs != width)
+    values = _values(dY, blocks, width) if spread else None
     turned = unrotate = None
     if matrix is not None and table is not None:
         turned = dY.new_empty(largest, width, dtype=torch.float32)
@@ -247,8 +256,8 @@ def _blocks_backward(
                 row(term, g.view(-1, size).t(), a.view(-1, size), True, scaling, None, None, None)
                 if at:
                     dM.add_(term)
-            if matrix is not None and values is not None:
-                v = _cut(values, at - start, some)
+            if matrix is not None:
+                v = _cut(dx, at, some) if values is None else _cut(values, at - start, some)
                 u = v if turned is None else _cut(turned, 0, some)
                 row(u.view(-1, size), g.view(-1, size), matrix, True, scaling, None, None, None)
                 if unrotate is not None:
