@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from hypothesis import strategies as st
@@ -10,6 +11,19 @@ from torch import Tensor
 
 import peftkern
 from peftkern import QuantizedWeight, mora, mora_linear
+from peftkern.backends import triton
+
+_Size = TypeVar("_Size")
+
+
+def fitting(full: _Size, interpreted: _Size) -> _Size:
+    """`full`, or what stands for it under TRITON_INTERPRET=1.
+
+    Triton's interpreter takes some 10 ms for a launch and a few for each of its programs: it gets small and
+    odd sizes that take the same ways, where the full ones would take minutes. No test is left out for it.
+    """
+    return interpreted if triton.INTERPRETED else full
+
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LAYOUTS = ("contiguous", "transposed", "sliced", "strided rows", "expanded", "batched")

@@ -1,4 +1,4 @@
-"""Every test runs seeded, on poisoned memory; `isa` and `backend` run it once for each one there is."""
+"""Tests run seeded, on poisoned memory; `isa`, `backend`, `each_backend` run each once for each of theirs."""
 
 from __future__ import annotations
 
@@ -31,6 +31,10 @@ elif torch.cuda.is_available():
     BACKENDS.append("triton-cuda")
 
 
+# the backends of `backend`, the cpu one at its best level alone
+EACH_BACKEND = ["reference", *(["cpu"] if ISAS else []), *(name for name in BACKENDS if "triton" in name)]
+
+
 def pytest_report_header() -> str:
     missing = cpu.missing()
     return f"peftkern: cpu levels {', '.join(ISAS)}" if missing is None else f"peftkern: {missing}"
@@ -60,14 +64,24 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each backend, forced; the cpu one at each level, the triton one on the GPU, or on the CPU under
     TRITON_INTERPRET=1."""
-    name, _, level = request.param.partition("-")
+    yield from _forced(request.param)
+
+
+@pytest.fixture(params=EACH_BACKEND)
+def each_backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each backend, forced, once: for what lies above the primitives, modules and merging."""
+    yield from _forced(request.param)
+
+
+def _forced(which: str) -> Iterator[str]:
+    name, _, level = which.partition("-")
     with peftkern.use_backend(name):
         if level == "cuda":
             # every tensor that a test makes without saying where
             with torch.device("cuda"):
-                yield request.param
+                yield which
         elif level:
             with cpu.use_isa(level):
-                yield request.param
+                yield which
         else:
-            yield request.param
+            yield which

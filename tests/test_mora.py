@@ -12,6 +12,7 @@ from cases import (
     MORA_SHAPES,
     MORA_TYPES,
     MoraCase,
+    fitting,
     mora_cases,
     mora_operands,
     mora_size,
@@ -26,9 +27,14 @@ from torch import Tensor
 
 import peftkern
 from peftkern import QuantizedWeight, merge, mora, mora_delta, mora_linear, mora_rank, reference
+from peftkern.ops import mora as ops
 
 TYPES = pytest.mark.parametrize("mora_type", MORA_TYPES)
 SHAPES = pytest.mark.parametrize("shape", MORA_SHAPES)
+# the identity's K and N rows pass through these
+SHAPES_OF_ROWS = pytest.mark.parametrize(
+    "shape", fitting(MORA_SHAPES, tuple(shape for shape in MORA_SHAPES if max(shape) <= 33))
+)
 SHARING = (1, 2, 3, 4, "truncation")  # one block in the middle: ΔW's rank is at most r̂
 
 
@@ -205,7 +211,7 @@ def test_delta(shape: tuple[int, int, int], mora_type: int | str, dtype: torch.d
 
 
 @TYPES
-@SHAPES
+@SHAPES_OF_ROWS
 def test_delta_is_what_is_applied(shape: tuple[int, int, int], mora_type: int | str, backend: str) -> None:
     """To the identity's rows forward, ΔWᵀ, and backward, ΔW: to the bit where no cosine is involved."""
     K, N, _ = shape
@@ -290,6 +296,28 @@ def test_values_and_gradients(case: MoraCase, backend: str) -> None:
 
 
 BASES = pytest.mark.parametrize("kind", ["plain", "nested", "dense", "none"])
+
+
+def shrink_row_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several blocks in the middle: 20 rows go through them in as many turns as 1000 of a layer."""
+    monkeypatch.setattr(ops, "_ROWS_WITH_BASE", 8)
+    monkeypatch.setattr(ops, "_SCRATCH", 2048)
+
+
+@TYPES
+@BASES
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_type_base_and_dtype(
+    dtype: torch.dtype, kind: str, mora_type: int | str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing of it left to chance: 10 rows in two blocks of two parts, the last one ragged; odd columns."""
+    shrink_row_blocks(monkeypatch)
+    K, N, r = 75, 34, 10
+    o, weight, grad = make(10, dtype, K, N, r), base(kind, dtype, N, K), torch.randn(10, N).to(dtype)
+    bias, scaling = (None, 1.0) if weight is None else (o["bias"], 0.75)
+    expected = bounds.mora(o["x"], o["matrix"], mora_type, N, weight, scaling, bias, grad)
+    for name, tensor in step(o, weight, mora_type, grad).items():
+        bounds.check(name, tensor, expected[name])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -453,13 +481,18 @@ def test_no_columns(K: int, N: int, kind: str, mora_type: int | str, backend: st
         (6, 40, 6),
         (6, 40, "truncation"),
         # several row blocks, which have one part each, or two
-        (1000, 40, 6),
-        (1000, 40, "decoupling"),
-        (1000, 1200, 6),
+        *fitting(
+            [(1000, 40, 6), (1000, 40, "decoupling"), (1000, 1200, 6)],
+            [(20, 30, 6), (20, 30, "decoupling"), (20, 60, 6)],
+        ),
     ],
 )
-def test_each_gradient_alone(M: int, K: int, mora_type: int | str, kind: str, backend: str) -> None:
+def test_each_gradient_alone(
+    M: int, K: int, mora_type: int | str, kind: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Asking for one gradient gives the bits that asking for all gives."""
+    if M == 20:
+        shrink_row_blocks(monkeypatch)
     o, weight, grad = make(M, columns=K), base(kind, columns=K), torch.randn(M, 56)
     every = step(o, weight, mora_type, grad)
     for wanted in every.keys() - {"y"}:
@@ -499,10 +532,10 @@ def test_wide_strides_of_everything(dense: bool, mora_type: int | str, backend: 
 @pytest.mark.parametrize("kind", ["plain", "nested", "dense"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_merging_then_running_is_running_unmerged(
-    dtype: torch.dtype, kind: str, mora_type: int | str
+    dtype: torch.dtype, kind: str, mora_type: int | str, each_backend: str
 ) -> None:
     """Within the merge's rounding: of W + ΔW, and of its 4-bit code where W is quantized."""
-    for K, N, r in ((64, 48, 10), (33, 70, 12), (5, 9, 12)):
+    for K, N, r in fitting(((64, 48, 10), (33, 70, 12), (5, 9, 12)), ((13, 20, 6), (5, 9, 12))):
         W = torch.randn(N, K).to(dtype)
         weight = W if kind == "dense" else peftkern.quantize_4bit(W, "fp4", 32, double_quant=kind == "nested")
         matrix, x, b = torch.randn(r, r) * 0.3, torch.randn(6, K).to(dtype), torch.randn(N)

@@ -30,12 +30,14 @@ def layer(kind: str = "nested", bias: bool = True, seed: int = 0, **options: obj
 
 
 KINDS = pytest.mark.parametrize("kind", ["plain", "nested", "dense"])
+EACH_BACKEND = pytest.mark.usefixtures("each_backend")
 
 
 def test_is_there_without_an_import_of_its_own() -> None:
     assert peftkern.nn.LoRALinear is LoRALinear
 
 
+@EACH_BACKEND
 @KINDS
 def test_forward_is_the_op(kind: str) -> None:
     module = layer(kind)
@@ -46,6 +48,7 @@ def test_forward_is_the_op(kind: str) -> None:
     assert module.scaling == 2.0
 
 
+@EACH_BACKEND
 @KINDS
 def test_only_adapters_train(kind: str) -> None:
     module = layer(kind)
@@ -54,6 +57,7 @@ def test_only_adapters_train(kind: str) -> None:
     assert {name for name, p in module.named_parameters() if p.grad is not None} == {"lora_A", "lora_B"}
 
 
+@EACH_BACKEND
 def test_starts_as_the_base() -> None:
     """B = 0: the adapter adds nothing at first. A is Kaiming-uniform with a = √5: |A| <= 1/√K."""
     base = nn.Linear(K, N)
@@ -69,6 +73,7 @@ def test_starts_as_the_base() -> None:
     assert not module.weight.requires_grad  # type: ignore[union-attr]
 
 
+@EACH_BACKEND
 def test_from_quantized_shares() -> None:
     weight = peftkern.quantize_4bit(torch.randn(N, K))
     module = LoRALinear.from_quantized(weight, r=R, alpha=16, dropout=0.1, adapter_dtype=torch.bfloat16)
@@ -77,6 +82,7 @@ def test_from_quantized_shares() -> None:
     assert module.bias is None
 
 
+@EACH_BACKEND
 def test_dropout_in_training_only() -> None:
     module = layer(dropout=0.5)
     x = torch.randn(5, K)
@@ -85,6 +91,7 @@ def test_dropout_in_training_only() -> None:
     assert torch.equal(module(x), module(x))
 
 
+@EACH_BACKEND
 @KINDS
 @pytest.mark.parametrize("assign", [False, True])
 def test_state_dict_round_trip(kind: str, assign: bool) -> None:
@@ -156,6 +163,7 @@ def test_loading_refuses_what_does_not_fit() -> None:
         layer("dense").load_state_dict(state)
 
 
+@EACH_BACKEND
 @pytest.mark.parametrize(
     "convert",
     [
@@ -187,6 +195,7 @@ def test_change_of_device() -> None:
     assert empty.weight.packed.dtype == torch.uint8
 
 
+@EACH_BACKEND
 @KINDS
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 @pytest.mark.parametrize("merged", [False, True])
@@ -207,6 +216,7 @@ def test_copies(merged: bool, duplicate: Callable[[LoRALinear], LoRALinear], kin
     assert torch.equal(twin(x), layer(kind)(x))
 
 
+@EACH_BACKEND
 @KINDS
 def test_merge_and_unmerge(kind: str) -> None:
     """Merged, the base alone gives the adapted product, within the rounding of W + ΔW to W's kind; unmerge is
@@ -237,6 +247,7 @@ def test_merge_and_unmerge(kind: str) -> None:
     assert torch.equal(module(x), layer(kind, seed=1)(x))
 
 
+@EACH_BACKEND
 @KINDS
 def test_absorb(kind: str) -> None:
     module = layer(kind)
@@ -263,6 +274,7 @@ def test_merged_module_changes_dtype() -> None:
     assert not module.weight.requires_grad
 
 
+@EACH_BACKEND
 def test_merged_takes_the_same_dtypes() -> None:
     """An fp32 bias beside a bf16 weight: merged as unmerged."""
     module = LoRALinear(K, N, weight=torch.randn(N, K).bfloat16(), bias=torch.randn(N))
@@ -285,6 +297,7 @@ def test_merged_module_changes_device(kind: str) -> None:
     assert module.weight.device.type == "meta"
 
 
+@EACH_BACKEND
 @KINDS
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing(reentrant: bool, kind: str) -> None:
@@ -313,6 +326,7 @@ def test_repr_says_what_it_is() -> None:
     assert repr(module).endswith("bias=False, weight=float32, merged)")
 
 
+@EACH_BACKEND
 def test_draws_a_weight() -> None:
     module = LoRALinear(K, N, dtype=torch.bfloat16)
     assert isinstance(module.weight, nn.Parameter)
