@@ -86,7 +86,15 @@ def _weight(N: int, K: int, quant_type: str, blocksize: int, nested: bool) -> An
 def cases(capability: int, everything: bool) -> Iterator[Case]:
     """Every tile of the tables with a LoRA addend and bias, then each other choice on one of them, or on each
     for `everything`."""
-    from peftkern.triton_kernels import choices, compress, dequantize, dropout, matmul, quantize
+    from peftkern.triton_kernels import (
+        choices,
+        compress,
+        dequantize,
+        dropout,
+        matmul,
+        output_grads,
+        quantize,
+    )
     from peftkern.triton_kernels.launch import Machine
 
     machine = Machine(capability, PROCESSORS[capability])
@@ -145,23 +153,56 @@ def cases(capability: int, everything: bool) -> Iterator[Case]:
         yield from product(256, transposed, "bf16 bytes", odd=2)
         yield from product(256, transposed, "fp32", dtype=fp32)
 
-    def thin(
-        M: int, outputs: int, inner: int, transposed: bool, name: str, dtype: torch.dtype = bf16
-    ) -> Case:
-        x = _empty(M, inner, dtype=dtype)
-        w = _empty(*((inner, outputs) if transposed else (outputs, inner)), dtype=fp32)
-        out = _empty(M, outputs, dtype=dtype)
-        launches = matmul.plan(machine, out, x, w, transposed, 1.0, None, None, None, None)
-        main = launches[0]
+    def thin(x: Tensor, w: Tensor, transposed: bool, out: Tensor, name: str) -> Iterator[Case]:
+        main = matmul.plan(machine, out, x, w, transposed, 1.0, None, None, None, None)[0]
         a = main.arguments
         tile = f"{a['BLOCK_O']}x{a['BLOCK_M']}x{a['BLOCK_C']} {main.warps} warps {main.stages} stages"
-        return Case("matmul_dense", f"{name} {tile}", [main], dtype != fp32)
+        how = ", split" if a["SPLIT"] else ""
+        yield Case("matmul_dense", f"{name} {tile}{how}", [main], x.dtype != fp32)
 
-    ranks = (16, 32, 64)
-    for rank in ranks:
-        yield thin(512, rank, K, False, f"x Aᵀ rank {rank}")
-        yield thin(rank, K, 512, True, f"Gᵀ x rank {rank}")
-    yield thin(512, 16, K, False, "x Aᵀ rank 16 fp32", fp32)
+    for rank in (16, 32, 64):
+        for M in (512, 16384):
+            x, G = _empty(M, K, dtype=bf16), _empty(M, rank, dtype=bf16)
+            for adapter in (fp32, bf16):
+                name = f"{rank} {adapter}".replace("torch.", "")
+                yield from thin(x, _empty(rank, K, dtype=adapter), False, G, f"x Aᵀ rank {name}")
+                yield from thin(G.t(), x, True, _empty(rank, K, dtype=adapter), f"Gᵀ x rank {name}")
+    x, A = _empty(512, K, dtype=fp32), _empty(16, K, dtype=fp32)
+    yield from thin(x, A, False, _empty(512, 16, dtype=fp32), "x Aᵀ rank 16 fp32")
+
+    def gradients(
+        M: int, rank: int, asked: str, adapter: torch.dtype, dtype: torch.dtype = bf16, odd: int = 0
+    ) -> Iterator[Case]:
+        G = _empty(M, rank, dtype=dtype) if "G" in asked.split() else None
+        dB = _empty(N + odd, rank, dtype=adapter) if "dB" in asked.split() else None
+        dbias = _empty(N + odd, dtype=adapter) if "dbias" in asked.split() else None
+        dY, T = _empty(M, N + odd, dtype=dtype), _empty(M, rank, dtype=dtype)
+        B = _empty(N + odd, rank, dtype=adapter)
+        for launch in output_grads.plan(machine, G, dB, dbias, dY, B, T, 1.0):
+            main, a = launch.kernel is output_grads.output_grads, launch.arguments
+            tile = f"{a['BLOCK_N']}x{a['BLOCK_M']}x{a['BLOCK_R']} " if main else ""
+            types = f"{dtype} {adapter}".replace("torch.", "")
+            how = f"{launch.warps} warps {launch.stages} stages, {asked}, rank {rank} {types}"
+            configuration = f"{tile}{how}{', odd N' if odd else ''}"
+            if main or "finish_output_grads" not in seen:
+                seen.add(launch.kernel.__name__)
+                yield Case(launch.kernel.__name__, configuration, [launch], main and dtype != fp32)
+
+    for M in (512, 8192):
+        for rank in (8, 16, 32, 64):
+            yield from gradients(M, rank, "G dB dbias", fp32)
+            yield from gradients(M, rank, "G dB", fp32)
+            yield from gradients(M, rank, "G dB", bf16)
+            if everything:
+                for asked in ("G", "dB", "dbias", "G dbias", "dB dbias"):
+                    yield from gradients(M, rank, asked, fp32)
+        for rank in (16, 32, 64):
+            yield from gradients(M, rank, "G dB dbias", fp32, fp32)
+    yield from gradients(512, 16, "G dB dbias", fp32, fp16)
+    yield from gradients(512, 16, "G dB dbias", fp32, odd=1)
+    for asked in ("G", "dB", "dbias"):
+        yield from gradients(512, 16, asked, fp32)
+
     out = _empty(512, N, dtype=bf16)
     none, empty = _empty(512, 0, dtype=bf16), _empty(N, 0, dtype=bf16)
     spread = (_empty(512, 256, dtype=fp32), False, N)

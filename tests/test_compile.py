@@ -237,9 +237,11 @@ def test_opcheck(layout: int) -> None:
     dense = layouts(N, K)[layout]
     torch.library.opcheck(ops.matmul_dense, (x, dense, False, t, B, bias))
     torch.library.opcheck(ops.matmul_dense, (grad, dense, True, t, A.t(), None))
-    for columns_first in (False, True):
-        torch.library.opcheck(ops.matmul_thin, (x, A, False, 0.5, torch.bfloat16, columns_first))
-        torch.library.opcheck(ops.matmul_thin, (t.t(), x, True, 1.0, torch.float32, columns_first))
+    torch.library.opcheck(ops.matmul_thin, (x, A, False, 0.5, torch.bfloat16))
+    torch.library.opcheck(ops.matmul_thin, (t.t(), x, True, 1.0, torch.float32))
+    for asked in ((B, t), (B, None), (None, t), (None, None)):
+        for dtype in (torch.float16, None):
+            torch.library.opcheck(ops.output_grads, (grad, *asked, 0.5, torch.bfloat16, dtype))
     torch.library.opcheck(ops.dropout, (x, 0.5, torch.tensor(3)))
     torch.library.opcheck(ops.quantize_4bit, (dense, "nf4", 64))
 
@@ -366,10 +368,10 @@ def test_library_ops_have_no_silent_derivative() -> None:
     """Called bare, a library op raises in backward and under forward mode; it never gives zero."""
     x, A = torch.randn(6, K, requires_grad=True), torch.randn(R, K)
     op = torch.ops.peftkern.matmul_thin
-    y = op(x, A, False, 1.0, torch.float32, False)
+    y = op(x, A, False, 1.0, torch.float32)
     assert y.requires_grad
     with pytest.raises(RuntimeError, match="no derivative of its own"):
         y.sum().backward()
     x = x.detach()
     with forward_ad.dual_level(), pytest.raises(RuntimeError, match="no derivative of its own"):
-        op(forward_ad.make_dual(x, torch.ones_like(x)), A, False, 1.0, torch.float32, False)
+        op(forward_ad.make_dual(x, torch.ones_like(x)), A, False, 1.0, torch.float32)

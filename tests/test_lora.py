@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import peftkern
-from peftkern import QuantizedWeight, lora_delta, lora_linear, merge, reference
+from peftkern import QuantizedWeight, dispatch, lora_delta, lora_linear, merge, reference
 
 
 def make(
@@ -115,6 +115,53 @@ def test_each_gradient_alone(wanted: str, dense: bool, backend: str) -> None:
     y = lora_linear(alone["x"], weight, alone["lora_A"], alone["lora_B"], 0.5, alone["bias"])
     (found,) = torch.autograd.grad(y, alone[wanted], grad)
     assert torch.equal(found, every[list(o).index(wanted)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("adapter", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("M", "N", "R"), [(1, 1, 1), (70, 300, 16), (33, 130, 20), (65, 70, 64), (5, 40, 70)]
+)
+def test_output_grads(M: int, N: int, R: int, adapter: torch.dtype, dtype: torch.dtype, backend: str) -> None:
+    """G, dB, dbias, any strides, within their bounds; each alone has the bits that it has with the others."""
+    device = torch.empty(0).device
+    dY, B = torch.randn(N, M).to(dtype).t(), torch.randn(2 * N, R + 3).to(adapter)[::2, 3:]
+    T = torch.randn(M, 2 * R).to(dtype)[:, ::2]
+    compute = bounds.compute_dtype(dtype)
+    D = bounds.operand(dY, compute)
+    expected = (
+        bounds.matmul(D, bounds.operand(B, compute).t(), dtype, 0.75),
+        bounds.matmul(D.t(), bounds.operand(T, compute).t(), adapter),
+        bounds.column_sums(dY, adapter),
+    )
+    first: list[Tensor | None] = [None, None, None]
+    for asked in range(7, 0, -1):
+        outs: list[Tensor | None] = [
+            torch.full((R, M), torch.nan, dtype=dtype).t(),
+            torch.full((N, 2 * R), torch.nan, dtype=adapter)[:, ::2],
+            torch.full((2 * N,), torch.nan, dtype=adapter)[::2],
+        ]
+        outs = [out if asked >> i & 1 else None for i, out in enumerate(outs)]
+        row = dispatch.find("output_grads", device, dtype)
+        row(*outs, dY, None if outs[0] is None else B, None if outs[1] is None else T, 0.75)
+        for i, (name, out) in enumerate(zip(("G", "dB", "dbias"), outs, strict=True)):
+            if out is not None and first[i] is None:
+                first[i] = out
+                bounds.check(name, out, expected[i])
+            elif out is not None:
+                assert torch.equal(out, first[i]), f"{name} of {asked:03b}"
+
+
+def test_output_grads_of_nothing(backend: str) -> None:
+    """No rows: zeros. No outputs: G is zero. No rank: dbias alone has numbers."""
+    row = dispatch.find("output_grads", torch.empty(0).device, torch.float32)
+    for M, N, R in ((0, 5, 3), (4, 0, 3), (4, 5, 0), (0, 0, 0)):
+        G, dB, dbias = (torch.full(shape, torch.nan) for shape in ((M, R), (N, R), (N,)))
+        dY = torch.ones(M, N)
+        row(G, dB, dbias, dY, torch.ones(N, R), torch.ones(M, R), 1.0)
+        assert torch.equal(G, torch.full((M, R), float(N)))
+        assert torch.equal(dB, torch.full((N, R), float(M)))
+        assert torch.equal(dbias, torch.full((N,), float(M)))
 
 
 def test_what_backward_keeps() -> None:

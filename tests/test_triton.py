@@ -195,6 +195,67 @@ def test_dequantized_for_a_vendors_product(
     bounds.check("out", out, Approx(bound.value, error, typical))
 
 
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize(("capability", "processors"), [(90, 132), (90, 1), (80, 6), (120, 2)])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("M", "N", "R"), [(300, 600, 16), (129, 257, 33)])
+def test_output_grads_in_parts(
+    M: int, N: int, R: int, dtype: torch.dtype, capability: int, processors: int
+) -> None:
+    """Sums cut into parts of rows and tiles of columns, or not, by either way of taking dY, and the same bits
+    again: no atomics."""
+    from peftkern.triton_kernels import launch, output_grads
+
+    dY, B, T = torch.randn(M, N).to(dtype), torch.randn(N, R), torch.randn(M, R).to(dtype)
+    compute = bounds.compute_dtype(dtype)
+    D = bounds.operand(dY, compute)
+    expected = (
+        bounds.matmul(D, bounds.operand(B, compute).t(), dtype, 0.5),
+        bounds.matmul(D.t(), bounds.operand(T, compute).t(), torch.float32),
+        bounds.column_sums(dY, torch.float32),
+    )
+    before: list[Tensor] = []
+    for _ in range(2):
+        G = torch.full((M, R), torch.nan, dtype=dtype)
+        dB, dbias = torch.full((N, R), torch.nan), torch.full((N,), torch.nan)
+        machine = launch.Machine(capability, processors)
+        launches = output_grads.plan(machine, G, dB, dbias, dY, B, T, 0.5)
+        if M == 300 and dtype != torch.float32:
+            columns, parts = {132: (5, 3), 1: (3, 1), 6: (5, 2), 2: (5, 1)}[processors]
+            assert launches[0].grid == (columns, parts)
+        for each in launches:
+            each.run()
+        for name, out, bound in zip(("G", "dB", "dbias"), (G, dB, dbias), expected, strict=True):
+            bounds.check(name, out, bound)
+        if before:
+            assert all(torch.equal(a, b) for a, b in zip(before, (G, dB, dbias), strict=True))
+        before = [G, dB, dbias]
+
+
+def test_output_grads_parts_are_bounded() -> None:
+    """The scratch of one pass beside dY, and the machine that it fills, at the sizes of models."""
+    pytest.importorskip("triton", reason="the table of tiles comes with the kernels, which import triton")
+    from peftkern.triton_kernels import choices
+    from peftkern.triton_kernels.launch import Machine
+
+    machine = Machine(90, 132)
+    for M in (512, 2048, 8192):
+        for N in (4096, 11008, 14336):
+            for R in (8, 16, 32, 64):
+                tile, rows, parts = choices.output_grads_tile(M, N, R, False, machine)
+                columns = -(-N // tile.columns)
+                assert rows % tile.rows == 0
+                assert (parts - 1) * rows < M <= parts * rows
+                written = 4 * R * (columns * M + parts * N) / (2 * M * N)
+                # 2 R / columns and 2 R / rows of 16-bit dY; the last tile and part may be cut
+                assert written <= 2.1 * R * (1 / tile.columns + 1 / choices.PART_ROWS)
+                if R <= 32:
+                    assert columns * parts >= 0.75 * machine.processors, (M, N, R)
+                for full in (False, True):
+                    same = choices.output_grads_tile(M, N, 1, full, machine)
+                    assert same[1:] == (rows, parts), "parts depend on the rank"
+
+
 COMPRESSIONS = [
     (96, 32, False, 96),
     (96, 40, False, 120),

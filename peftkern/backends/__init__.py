@@ -14,6 +14,10 @@ A primitive writes into `out`, which the caller allocated; it allocates nothing 
         cyclic:      s(m, o) = sum of v[m, p mod P] over those p < length with p mod outputs = o
     matmul_dense(out, x, weight, transposed, t, u, bias, spread)
         the same with alpha = 1, for a big dense W of x's dtype, where a vendor's GEMM is the best kernel
+    output_grads(G, dB, dbias, dY, B, T, alpha)
+        a low-rank adapter's gradients on the side of its outputs, and the bias's; dY [M, N], B [N, R] and
+        T [M, R] have any strides. What is not asked for is None, and so is B without G, T without dB:
+        G = alpha dY B [M, R] of dY's dtype        dB = dYᵀ T [N, R]        dbias = sum_m dY[m] [N]
     compress(out, x, grouped, length, rotation, inverse)
         out [M, P] fp32, bf16 or fp16 with a column stride of 1; x [M, I], any strides; the adjoint of spread:
         grouped:     out[m, q] = sum of x[m, i] over g(i) = q, I columns in P groups (0 for an empty one)
@@ -51,7 +55,9 @@ class Call(NamedTuple):
 
     primitive: str
     device: torch.device
-    dtype: torch.dtype  # of x for matmul, compress and dropout, of out for dequantize, of weight for quantize
+    # of x for matmul, compress and dropout, of dY for output_grads, of out for dequantize, of weight for
+    # quantize
+    dtype: torch.dtype
 
     def __str__(self) -> str:
         return f"{self.primitive} {str(self.dtype).removeprefix('torch.')} on {self.device}"
@@ -81,6 +87,28 @@ def gemm_onto(
         t, u = x[:, :0], w.t()[:, :0]
     matmul(out, t, u, False, 1.0, None, None, bias, spread)
     out.addmm_(x, w)
+
+
+def product_by_product(
+    matmul: Primitive,
+    G: Tensor | None,
+    dB: Tensor | None,
+    dbias: Tensor | None,
+    dY: Tensor,
+    B: Tensor | None,
+    T: Tensor | None,
+    alpha: float,
+) -> None:
+    """output_grads by `matmul`, the backend's own: a pass over dY for each."""
+    if dB is not None:
+        assert T is not None
+        matmul(dB.t(), T.t(), dY, True, 1.0, None, None, None, None)  # Tᵀ dY
+    if G is not None:
+        matmul(G, dY, B, True, alpha, None, None, None, None)
+    if dbias is not None:
+        # 1ᵀ dY, summed in fp32: torch's sum would make an fp32 copy of dY first
+        ones = dY.new_ones(1, 1).expand(1, dY.shape[0])
+        matmul(dbias.view(1, -1), ones, dY, True, 1.0, None, None, None, None)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, get_num_threads
 
-from peftkern.backends import Backend, Call, Spread, Weight4, gemm_onto
+from peftkern.backends import Backend, Call, Spread, Weight4, gemm_onto, product_by_product
 
 _cpu: Any = None
 _missing: str | None = None
@@ -37,7 +37,7 @@ def supports(call: Call) -> str | None:
 def detail(call: Call) -> str:
     if call.primitive == "matmul_dense":
         return f"torch's GEMM, the addend by {_cpu.kernel('matmul', call.dtype)}"
-    return str(_cpu.kernel(call.primitive, call.dtype))
+    return str(_cpu.kernel("matmul" if call.primitive == "output_grads" else call.primitive, call.dtype))
 
 
 def matmul(
@@ -65,6 +65,18 @@ def matmul_dense(
     spread: Spread | None = None,
 ) -> None:
     gemm_onto(matmul, out, x, weight, transposed, t, u, bias, spread)
+
+
+def output_grads(
+    G: Tensor | None,
+    dB: Tensor | None,
+    dbias: Tensor | None,
+    dY: Tensor,
+    B: Tensor | None,
+    T: Tensor | None,
+    alpha: float,
+) -> None:
+    product_by_product(matmul, G, dB, dbias, dY, B, T, alpha)
 
 
 def dequantize(out: Tensor, weight: Weight4) -> None:
@@ -95,6 +107,7 @@ BACKEND = Backend(
     rows={
         "matmul": matmul,
         "matmul_dense": matmul_dense,
+        "output_grads": output_grads,
         "dequantize": dequantize,
         "quantize": quantize,
         "dropout": dropout,

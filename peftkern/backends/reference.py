@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from peftkern import reference
-from peftkern.backends import Backend, Call, Spread, Weight4
+from peftkern.backends import Backend, Call, Spread, Weight4, product_by_product
 from peftkern.formats import DoubleQuant, QuantizedWeight
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -48,6 +48,18 @@ def matmul_dense(
     matmul(out, x, weight, transposed, 1.0, t, u, bias, spread)
 
 
+def output_grads(
+    G: Tensor | None,
+    dB: Tensor | None,
+    dbias: Tensor | None,
+    dY: Tensor,
+    B: Tensor | None,
+    T: Tensor | None,
+    alpha: float,
+) -> None:
+    product_by_product(matmul, G, dB, dbias, dY, B, T, alpha)
+
+
 def compress(
     out: Tensor,
     x: Tensor,
@@ -86,6 +98,7 @@ BACKEND = Backend(
     rows={
         "matmul": matmul,
         "matmul_dense": matmul_dense,
+        "output_grads": output_grads,
         "compress": compress,
         "dequantize": dequantize,
         "quantize": quantize,

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from peftkern.backends import Backend, Call, Spread, Weight4, gemm_onto
+from peftkern.backends import Backend, Call, Spread, Weight4, gemm_onto, product_by_product
 
 if TYPE_CHECKING:
     from peftkern.triton_kernels.launch import Launch, Machine
@@ -133,6 +133,26 @@ def matmul_dense(
     gemm_onto(matmul, out, x, weight, transposed, t, u, bias, spread)
 
 
+def output_grads(
+    G: Tensor | None,
+    dB: Tensor | None,
+    dbias: Tensor | None,
+    dY: Tensor,
+    B: Tensor | None,
+    T: Tensor | None,
+    alpha: float,
+) -> None:
+    from peftkern.triton_kernels import choices
+    from peftkern.triton_kernels import output_grads as kernels
+
+    rank = next((matrix.shape[1] for matrix in (B, T) if matrix is not None), 0)
+    if rank > choices.ONE_PASS_RANK or dY.numel() == 0:
+        product_by_product(matmul, G, dB, dbias if dY.numel() == 0 else None, dY, B, T, alpha)
+        G = dB = None
+    if dY.numel() > 0:
+        _run(kernels.plan(_machine(dY.device), G, dB, dbias, dY, B, T, alpha), dY.device)
+
+
 def compress(
     out: Tensor,
     x: Tensor,
@@ -173,6 +193,7 @@ BACKEND = Backend(
     rows={
         "matmul": matmul,
         "matmul_dense": matmul_dense,
+        "output_grads": output_grads,
         "compress": compress,
         "dequantize": dequantize,
         "quantize": quantize,

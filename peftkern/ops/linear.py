@@ -275,30 +275,50 @@ def thin_matmul(
     transposed: bool,
     alpha: float = 1.0,
     dtype: torch.dtype | None = None,
-    columns_first: bool = False,
 ) -> Tensor:
-    """alpha x Wᵀ, or alpha x W when transposed, one side a rank: fp32 sums, one rounding to dtype (x's).
-
-    columns_first gives the transpose of the product, contiguous: [outputs, rows].
-    """
+    """alpha x Wᵀ, or alpha x W when transposed, one side a rank: fp32 sums, one rounding to dtype (x's)."""
     if row is None:
         return _OPS.matmul_thin(  # type: ignore[no-any-return]
-            x, weight, transposed, alpha, x.dtype if dtype is None else dtype, columns_first
+            x, weight, transposed, alpha, x.dtype if dtype is None else dtype
         )
-    rows, outputs = x.shape[0], weight.shape[1] if transposed else weight.shape[0]
-    if columns_first:
-        result = x.new_empty(outputs, rows, dtype=dtype)
-        row(result.t(), x, weight, transposed, alpha, None, None, None)
-    else:
-        result = x.new_empty(rows, outputs, dtype=dtype)
-        row(result, x, weight, transposed, alpha, None, None, None)
+    result = x.new_empty(x.shape[0], weight.shape[1] if transposed else weight.shape[0], dtype=dtype)
+    row(result, x, weight, transposed, alpha, None, None, None)
     return result
 
 
-def sum_rows(row: Primitive | None, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Σ_m x[m, ·] as 1ᵀ x, summed in fp32: torch's sum would make an fp32 copy of x first."""
-    ones = x.new_ones(1, 1).expand(1, x.shape[0])
-    return thin_matmul(row, ones, x, True, 1.0, dtype).view(x.shape[1])
+def output_grads(
+    traced: bool,
+    dY: Tensor,
+    B: Tensor | None,
+    T: Tensor | None,
+    alpha: float,
+    B_dtype: torch.dtype | None,
+    bias_dtype: torch.dtype | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """G = alpha dY B [M, R] where there is a B, dB = dYᵀ T [N, R] of B_dtype where there is a T, and
+    dbias = Σ dY [N] where it has a dtype; the others None."""
+    if B is None and T is None and bias_dtype is None:
+        return None, None, None
+    if traced:
+        G, dB, dbias = _OPS.output_grads(dY, B, T, alpha, B_dtype, bias_dtype)
+        return (
+            None if B is None else G,
+            None if T is None else dB,
+            None if bias_dtype is None else dbias,
+        )
+    rows, columns = dY.shape
+    G = None if B is None else dY.new_empty(rows, B.shape[1])
+    dB = None if T is None else dY.new_empty(columns, T.shape[1], dtype=B_dtype)
+    dbias = None if bias_dtype is None else dY.new_empty(columns, dtype=bias_dtype)
+    find("output_grads", dY.device, dY.dtype)(G, dB, dbias, dY, B, T, alpha)
+    return G, dB, dbias
+
+
+def sum_rows(row: Primitive | None, dY: Tensor, dtype: torch.dtype) -> Tensor:
+    """dbias alone."""
+    _, _, dbias = output_grads(row is None, dY, None, None, 1.0, None, dtype)
+    assert dbias is not None
+    return dbias
 
 
 def dropout(traced: bool, x: Tensor, p: float, seed: Tensor) -> Tensor:
@@ -364,17 +384,35 @@ def _matmul_dense_fake(x: Tensor, weight: Tensor, transposed: bool, *args: Any) 
     return x.new_empty((x.shape[0], weight.shape[1] if transposed else weight.shape[0]))
 
 
-def _matmul_thin(
-    x: Tensor, weight: Tensor, transposed: bool, alpha: float, dtype: torch.dtype, columns_first: bool
-) -> Tensor:
-    return thin_matmul(matmul_row(False, x), x, weight, transposed, alpha, dtype, columns_first)
+def _matmul_thin(x: Tensor, weight: Tensor, transposed: bool, alpha: float, dtype: torch.dtype) -> Tensor:
+    return thin_matmul(matmul_row(False, x), x, weight, transposed, alpha, dtype)
 
 
 def _matmul_thin_fake(
-    x: Tensor, weight: Tensor, transposed: bool, alpha: float, dtype: torch.dtype, columns_first: bool
+    x: Tensor, weight: Tensor, transposed: bool, alpha: float, dtype: torch.dtype
 ) -> Tensor:
-    rows, outputs = x.shape[0], weight.shape[1] if transposed else weight.shape[0]
-    return x.new_empty((outputs, rows) if columns_first else (rows, outputs), dtype=dtype)
+    return x.new_empty((x.shape[0], weight.shape[1] if transposed else weight.shape[0]), dtype=dtype)
+
+
+def _output_grads(dY: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    # a library op returns tensors only: what is not asked for is empty
+    return tuple(dY.new_empty(0) if out is None else out for out in output_grads(False, dY, *args))
+
+
+def _output_grads_fake(
+    dY: Tensor,
+    B: Tensor | None,
+    T: Tensor | None,
+    alpha: float,
+    B_dtype: torch.dtype | None,
+    bias_dtype: torch.dtype | None,
+) -> tuple[Tensor, ...]:
+    rows, columns = dY.shape
+    return (
+        dY.new_empty(0 if B is None else (rows, B.shape[1])),
+        dY.new_empty(0) if T is None else dY.new_empty((columns, T.shape[1]), dtype=B_dtype),
+        dY.new_empty(0) if bias_dtype is None else dY.new_empty(columns, dtype=bias_dtype),
+    )
 
 
 def _dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
@@ -438,10 +476,15 @@ register(
     _matmul_dense_fake,
 )
 register(
-    "matmul_thin(Tensor x, Tensor weight, bool transposed, float alpha, ScalarType dtype, "
-    "bool columns_first) -> Tensor",
+    "matmul_thin(Tensor x, Tensor weight, bool transposed, float alpha, ScalarType dtype) -> Tensor",
     _matmul_thin,
     _matmul_thin_fake,
+)
+register(
+    "output_grads(Tensor dY, Tensor? B, Tensor? T, float alpha, ScalarType? B_dtype, ScalarType? bias_dtype) "
+    "-> (Tensor, Tensor, Tensor)",
+    _output_grads,
+    _output_grads_fake,
 )
 register("dropout(Tensor x, float p, Tensor seed) -> Tensor", _dropout, _dropout_fake)
 
@@ -464,11 +507,10 @@ def _backward(ctx: Any, traced: bool, grad: Tensor) -> tuple[Any, ...]:
     weight = weight4(packed, absmax, absmax2, code, offset, ctx.spec)
     dY = as_rows(grad, weight[5])
     needs_x, needs_bias = ctx.needs_input_grad[:2]
-    row = matmul_row(traced, dY)
-    dx = base_matmul(row, dY, weight, True) if needs_x else None
+    dx = base_matmul(matmul_row(traced, dY), dY, weight, True) if needs_x else None
     if dx is not None and grad.ndim != 2:
         dx = dx.view(*grad.shape[:-1], weight[6])
-    dbias = sum_rows(row, dY, ctx.bias_dtype) if needs_bias else None
+    _, _, dbias = output_grads(traced, dY, None, None, 1.0, None, ctx.bias_dtype if needs_bias else None)
     return dx, dbias, None, None, None, None, None, None
 
 

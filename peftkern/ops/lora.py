@@ -26,8 +26,8 @@ from peftkern.ops.linear import (
     matmul_row,
     needs_graph,
     no_double_backward,
+    output_grads,
     refuse,
-    sum_rows,
     thin_matmul,
     weight4,
 )
@@ -92,15 +92,14 @@ def _save(
 def _backward(ctx: Any, traced: bool, grad: Tensor) -> tuple[Any, ...]:
     """The gradients of x, A, B, bias and the dense W."""
     x, A, B, T, seed, dense, packed, absmax, absmax2, code, offset = ctx.saved_tensors
-    needs_x, needs_A, needs_B, needs_bias, needs_W = ctx.needs_input_grad[:5]
+    needs_x, needs_A, _, _, needs_W = ctx.needs_input_grad[:5]
     spec, scaling, p, A_dtype, B_dtype, bias_dtype = ctx.settings
     row = matmul_row(traced, grad)
     dY = as_rows(grad, grad.shape[-1])
-    dx = dA = dB = dbias = dW = None
-    if needs_B:
-        dB = thin_matmul(row, T.t(), dY, True, 1.0, B_dtype, True)  # (Tᵀ dY)ᵀ, [N, R]
-    if needs_x or needs_A:
-        G = thin_matmul(row, dY, B, True, _alpha(scaling, p))  # s/(1-p) · dY B, [M, R]
+    dx = dA = dW = None
+    # s/(1-p) · dY B [M, R], dYᵀ T [N, R], Σ dY [N]: those of which the operands were saved
+    G: Any
+    G, dB, dbias = output_grads(traced, dY, B, T, _alpha(scaling, p), B_dtype, bias_dtype)
     if needs_A or needs_W:
         rows = as_rows(x, x.shape[-1])
     if needs_A:
@@ -116,8 +115,6 @@ def _backward(ctx: Any, traced: bool, grad: Tensor) -> tuple[Any, ...]:
             dx = dx + apply_dropout(traced, thin_matmul(row, G, A, True), p, seed)
         if grad.ndim != 2:
             dx = dx.view(*grad.shape[:-1], dx.shape[-1])
-    if needs_bias:
-        dbias = sum_rows(row, dY, bias_dtype)
     if needs_W:
         dW = torch.mm(dY.t(), rows)
     return dx, dA, dB, dbias, dW

@@ -21,6 +21,17 @@ class Tile(NamedTuple):
     stages: int
 
 
+class Pass(NamedTuple):
+    """A tile of output_grads."""
+
+    columns: int  # of dY
+    rows: int  # of a step
+    rank: int
+    warps: int
+    stages: int
+    y_right: bool = False  # dY as right operand of dB's product
+
+
 # capability → (up to which M, tiles), ascending; of several tiles the first that fills the machine
 Rows = tuple[tuple[int, tuple[Tile, ...]], ...]
 ANY = 1 << 62
@@ -58,8 +69,8 @@ FLOAT32 = Tile(64, 32, 32, 4, 2)
 
 # a dense W, one side of the product a rank
 THIN_OUTPUTS = {
-    16: Tile(16, 64, 128, 4, 3),
-    32: Tile(32, 64, 64, 4, 3),
+    16: Tile(16, 64, 64, 4, 4),
+    32: Tile(32, 64, 64, 8, 3),
     64: Tile(64, 64, 64, 4, 3),
 }  # x Aᵀ: a long sum
 THIN_ROWS = {
@@ -68,6 +79,33 @@ THIN_ROWS = {
     64: Tile(64, 64, 64, 4, 3),
 }  # Gᵀ x: few rows
 THIN_FLOAT32 = Tile(32, 32, 32, 4, 2)
+
+# capability → up to which rank, tiles, the widest first: G's parts are 2 rank / columns of dY's bytes in 16
+# bits, so wide tiles keep them low; narrow ones fill the machine
+OUTPUT_GRADS: dict[int, dict[int, tuple[Pass, ...]]] = {
+    90: {
+        16: (Pass(256, 64, 16, 8, 3), Pass(128, 64, 16, 4, 3)),
+        32: (Pass(256, 64, 32, 8, 3), Pass(128, 64, 32, 4, 3)),
+        64: (Pass(256, 64, 64, 8, 3),),
+    },
+    80: {
+        # with less of the rank the products and dbias's sums spill
+        32: (Pass(128, 32, 64, 8, 3, y_right=True),),
+        64: (Pass(256, 16, 64, 8, 3, y_right=True), Pass(128, 32, 64, 8, 3, y_right=True)),
+    },
+}
+OUTPUT_GRADS[120] = OUTPUT_GRADS[80]  # no wgmma, 99 KB of shared memory
+OUTPUT_GRADS_FLOAT32 = {
+    16: (Pass(128, 32, 16, 8, 2), Pass(64, 32, 16, 4, 2)),
+    32: (Pass(64, 32, 32, 4, 2),),
+    64: (Pass(64, 32, 64, 8, 2),),
+}
+# at 64 the parts cost as much as another read of dY, in fewer launches
+ONE_PASS_RANK = 64
+# of a part of the rows, at least: dB's parts are 2 rank / rows of dY's bytes
+PART_ROWS = 128
+PART_COLUMNS = 256  # the tiles that so many parts shall fill the machine with
+STEP_ROWS = 64  # a part has whole steps of every tile
 
 # from this M on: dequantize into a scratch buffer, then cuBLAS adds onto the addend
 CROSSOVER: dict[int, int] = {90: 2048, 80: 1024}
@@ -109,6 +147,22 @@ def words_tile(rows: int, outputs: int, blocksize: int, transposed: bool, machin
 def thin_tile(rows: int, outputs: int) -> Tile:
     table, rank = (THIN_OUTPUTS, outputs) if outputs <= rows else (THIN_ROWS, rows)
     return table[16 if rank <= 16 else 32 if rank <= 32 else 64]
+
+
+def output_grads_tile(M: int, N: int, rank: int, full: bool, machine: Machine) -> tuple[Pass, int, int]:
+    """The tile, how many rows are a part, and how many parts there are; full: fp32.
+
+    The parts do not depend on the rank, nor anything on what is asked for: one gradient alone has the bits
+    that it has beside the others.
+    """
+    wanted = max(machine.processors // -(-N // PART_COLUMNS), 1)
+    rows = -(-max(-(-M // wanted), PART_ROWS) // STEP_ROWS) * STEP_ROWS
+    parts = max(-(-M // rows), 1)
+    table = OUTPUT_GRADS_FLOAT32 if full else of(OUTPUT_GRADS, machine)
+    candidates = next(row for limit, row in table.items() if rank <= limit)
+    # three quarters of the machine are enough
+    filling = (tile for tile in candidates if 4 * parts * -(-N // tile.columns) >= 3 * machine.processors)
+    return next(filling, candidates[-1]), rows, parts
 
 
 def dequantizes(rows: int, full: bool, machine: Machine) -> bool:

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from peftkern.triton_kernels.decode import rounded, widened
+from peftkern.triton_kernels.arithmetic import rounded, widened
 from peftkern.triton_kernels.launch import Launch
 
 ROWS, COLUMNS = 4, 256

@@ -1,5 +1,4 @@
-"""What every kernel that reads 4-bit weights shares: nibble → code, block → scale, and what the interpreter
-needs to round as a GPU does.
+"""What every kernel that reads 4-bit weights shares: nibble → code, block → scale.
 
 A code is looked up across the warp: each lane keeps code[lane & 15], and one SHFL.IDX hands a weight the
 exact fp32 code of its nibble; the lane number is taken modulo 32 and the table stands twice, so the
@@ -13,46 +12,14 @@ The interpreter has no inline assembly: there the lookup is a gather.
 
 from __future__ import annotations
 
-import os
-
 import triton
 import triton.language as tl
 
 from peftkern.formats import CODES
-
-INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes"))
+from peftkern.triton_kernels.arithmetic import INTERPRET
 
 NF4_CODES = tl.constexpr(CODES["nf4"])
 FP4_CODES = tl.constexpr(CODES["fp4"])
-
-
-@triton.jit
-def widened(x):
-    """x in fp32. By its bits in the interpreter, whose own conversion of bf16 is wrong below 2^-126."""
-    if INTERPRET and x.dtype == tl.bfloat16:
-        return (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
-    else:
-        return x.to(tl.float32)
-
-
-@triton.jit
-def rounded(x, dtype: tl.constexpr):
-    """x, fp32, to the nearest value of dtype, ties to even: the interpreter's own cast to bf16 cuts off."""
-    if INTERPRET and dtype == tl.bfloat16:
-        bits = x.to(tl.uint32, bitcast=True)
-        bits = tl.where(x != x, 0x7FC00000, bits + 0x7FFF + ((bits >> 16) & 1))
-        return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    else:
-        return x.to(dtype)
-
-
-@triton.jit
-def brought_to(x, dtype: tl.constexpr):
-    """x, of any of the three dtypes, in dtype."""
-    if x.dtype == dtype:
-        return x
-    else:
-        return rounded(widened(x), dtype)
 
 
 @triton.jit

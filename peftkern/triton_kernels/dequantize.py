@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from peftkern.triton_kernels.decode import load_scale, lookup, prepare_lookup, rounded
+from peftkern.triton_kernels.arithmetic import rounded
+from peftkern.triton_kernels.decode import load_scale, lookup, prepare_lookup
 from peftkern.triton_kernels.launch import Launch, Weight4
 
 BYTES = 1024  # of a program

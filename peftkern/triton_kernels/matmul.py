@@ -32,6 +32,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from peftkern.triton_kernels.arithmetic import brought_to, dot, rounded, sum_of_parts, widened
 from peftkern.triton_kernels.choices import (
     BYTES,
     FLOAT32,
@@ -44,14 +45,10 @@ from peftkern.triton_kernels.choices import (
     words_tile,
 )
 from peftkern.triton_kernels.decode import (
-    INTERPRET,
-    brought_to,
     lookup,
     nibbles_of_half,
     nibbles_of_word,
     prepare_lookup,
-    rounded,
-    widened,
 )
 from peftkern.triton_kernels.dequantize import plan_scales
 from peftkern.triton_kernels.launch import TYPES, Launch, Machine, Spread, Weight4
@@ -59,17 +56,6 @@ from peftkern.triton_kernels.launch import TYPES, Launch, Machine, Spread, Weigh
 FINISH_BLOCK = 1024
 BLOCK_R = 16  # a step of the addend: more of it at once would not fit beside the sums
 FINISH_REGISTERS = 16  # sums of a thread that are finished at a time
-
-
-@triton.jit
-def _dot(a, b, acc, PRECISION: tl.constexpr):
-    if INTERPRET:  # its 16-bit products are wrong (bf16) or summed in 16 bits (fp16)
-        if a.dtype == tl.bfloat16:  # as `widened` does; a call of a function is what takes long there
-            a = (a.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
-            b = (b.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
-    else:
-        return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
 @triton.jit
@@ -156,7 +142,7 @@ def _addend(
         t_tile = tl.load(
             t + row[None, :] * stride_tm + r[:, None] * stride_tr, mask=inside[:, None], other=0.0
         )
-        acc = _dot(brought_to(u_tile, COMPUTE), brought_to(t_tile, COMPUTE), acc, PRECISION)
+        acc = dot(brought_to(u_tile, COMPUTE), brought_to(t_tile, COMPUTE), acc, PRECISION)
     return acc
 
 
@@ -232,7 +218,7 @@ def matmul_4bit(
                 scale = scale[:, :, None].broadcast_to(BLOCK_C, GROUPS, W // GROUPS).reshape(BLOCK_C, W)
                 w = rounded(lookup(nibbles_of_half(halves), codes) * scale[:, :, None, None], COMPUTE)
                 w = w.reshape(BLOCK_C, W // 8, 8, 2, 2).permute(4, 1, 3, 2, 0).reshape(BLOCK_O, BLOCK_C)
-                acc = _dot(w, tl.load(x_tile), acc, PRECISION)
+                acc = dot(w, tl.load(x_tile), acc, PRECISION)
                 w_tile += BLOCK_C * line
                 scale_at += BLOCK_C * columns
                 x_tile += x_step
@@ -249,7 +235,7 @@ def matmul_4bit(
                 scale = tl.load(absmax + (scale_at >> LOG2_BLOCK))
                 q = nibbles_of_word(words).reshape(BLOCK_O, W // 4, 4, 2, 2, 2).permute(0, 1, 4, 5, 2, 3)
                 w = rounded(lookup(q.reshape(BLOCK_O, BLOCK_C), codes) * scale[:, None], COMPUTE)
-                acc = _dot(w, tl.load(x_tile), acc, PRECISION)
+                acc = dot(w, tl.load(x_tile), acc, PRECISION)
                 w_tile += W
                 scale_at += BLOCK_C
                 x_tile += x_step
@@ -269,7 +255,7 @@ def matmul_4bit(
             x_values = tl.load(
                 x + at[:, None] * stride_xc + row[None, :] * stride_xm, mask=inside[:, None], other=0.0
             )
-            acc = _dot(rounded(w, COMPUTE), x_values, acc, PRECISION)
+            acc = dot(rounded(w, COMPUTE), x_values, acc, PRECISION)
 
     if WORDS and TRANSPOSED:
         acc = acc.reshape(2, W // 8, 2, 8, BLOCK_M).permute(1, 3, 0, 2, 4).reshape(BLOCK_O, BLOCK_M)
@@ -285,7 +271,7 @@ def matmul_4bit(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["M", "outputs", "inner", "rank", "P", "length", "steps_per_split"])
+@triton.jit(do_not_specialize=["M", "inner", "rank", "P", "length", "steps_per_split"])
 def matmul_dense(
     out, x, weight, t, u, bias, values,
     M, outputs, inner, rank, P, length,
@@ -293,12 +279,22 @@ def matmul_dense(
     stride_ur, stride_bias, stride_values, steps_per_split, alpha,
     SPLIT: tl.constexpr, GROUPED: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_O: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
-    GROUP: tl.constexpr, PARTS: tl.constexpr,
+    GROUP: tl.constexpr, PARTS: tl.constexpr, EVEN_M: tl.constexpr, EVEN_C: tl.constexpr,
 ):  # fmt: skip
-    """The same for a dense W of any strides and dtype, one side of the product a rank: memory bound."""
+    """The same for a dense W of any strides and dtype, one side of the product a rank: memory bound.
+
+    EVEN: 16 divides M, inner. Where they count neighbours in memory, a mask by a number of which that is not
+    known would cut the loads to single values.
+    """
+    if EVEN_M:
+        M = M // 16 * 16
+    if EVEN_C:
+        inner = inner // 16 * 16
     tile_m, tile_o = _tile(tl.cdiv(M, BLOCK_M), tl.cdiv(outputs, BLOCK_O), GROUP)
-    row = tl.minimum(tile_m * BLOCK_M + tl.arange(0, BLOCK_M), M - 1).to(tl.int64)
-    column = tl.minimum(tile_o * BLOCK_O + tl.arange(0, BLOCK_O), outputs - 1).to(tl.int64)
+    m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    o = tile_o * BLOCK_O + tl.arange(0, BLOCK_O)
+    row, column = m.to(tl.int64), o.to(tl.int64)
+    some_m, some_o = m < M, o < outputs
     split = tl.program_id(1)
     first_step = split * steps_per_split
     last_step = tl.minimum(first_step + steps_per_split, tl.cdiv(inner, BLOCK_C))
@@ -306,19 +302,23 @@ def matmul_dense(
     if t is not None:  # noqa: SIM102 (known when compiled; the next is not)
         if split == 0:
             acc = _addend(
-                acc, t, u, row, column, rank, stride_tm, stride_tr, stride_uo, stride_ur,
-                COMPUTE, BLOCK_R, PRECISION,
+                acc, t, u, tl.minimum(row, M - 1), tl.minimum(column, outputs - 1), rank, stride_tm,
+                stride_tr, stride_uo, stride_ur, COMPUTE, BLOCK_R, PRECISION,
             )  # fmt: skip
     for step in range(first_step, last_step):
-        c = (step * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
-        inside = c < inner
+        i = step * BLOCK_C + tl.arange(0, BLOCK_C)
+        c, some_c = i.to(tl.int64), i < inner
         w = tl.load(
-            weight + column[:, None] * stride_wo + c[None, :] * stride_wc, mask=inside[None, :], other=0.0
+            weight + column[:, None] * stride_wo + c[None, :] * stride_wc,
+            mask=some_o[:, None] & some_c[None, :],
+            other=0.0,
         )
         x_values = tl.load(
-            x + c[:, None] * stride_xc + row[None, :] * stride_xm, mask=inside[:, None], other=0.0
+            x + c[:, None] * stride_xc + row[None, :] * stride_xm,
+            mask=some_c[:, None] & some_m[None, :],
+            other=0.0,
         )
-        acc = _dot(brought_to(w, COMPUTE), x_values, acc, PRECISION)
+        acc = dot(brought_to(w, COMPUTE), x_values, acc, PRECISION)
     if SPLIT:
         m = (tile_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)[:, None]
         o = (tile_o * BLOCK_O + tl.arange(0, BLOCK_O))[None, :]
@@ -340,10 +340,7 @@ def finish_split(
     """The sum of the partial sums [splits, M, outputs], in their order, and what follows it."""
     flat = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)  # 32 bits: few outputs, or nothing were split
     mask = flat < numel
-    acc = tl.zeros((BLOCK,), tl.float32)
-    for _ in range(splits):
-        acc += tl.load(partial + flat, mask=mask, other=0.0)
-        partial += numel
+    acc = sum_of_parts(tl.zeros((BLOCK,), tl.float32), partial + flat, mask, numel, splits)
     _finish(
         acc, (flat // outputs).to(tl.int64), flat % outputs, mask, out, bias, values, stride_out_m,
         stride_out_o, stride_bias, stride_values, alpha, outputs, P, length, GROUPED,
@@ -467,6 +464,9 @@ def plan(
             "stride_wo": weight.stride(1 if transposed else 0),
             "stride_wc": weight.stride(0 if transposed else 1),
         }
+        # nowhere else, lest every other number of rows needed a kernel of its own
+        arguments["EVEN_M"] = M % 16 == 0 and arguments["stride_xm"] == 1
+        arguments["EVEN_C"] = inner % 16 == 0 and 1 in (arguments["stride_xc"], arguments["stride_wc"])
         kernel: Any = matmul_dense
     else:
         packed, absmax, nested, quant_type, blocksize, _, K = weight

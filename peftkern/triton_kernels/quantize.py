@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from peftkern.formats import CODES
-from peftkern.triton_kernels.decode import widened
+from peftkern.triton_kernels.arithmetic import widened
 from peftkern.triton_kernels.launch import Launch
 
 # bitsandbytes divides by no less than this fp32 number, a subnormal
