@@ -67,7 +67,7 @@ test: build ## the whole test suite; ARGS go to pytest
 bench: build ## check against the reference, measure beside the peers, write CSV and plots; ARGS go to bench.run
 	$(PY) -m bench.run $(ARGS)
 
-bench-gpu: build ## on an NVIDIA GPU: gate, ceilings, ours beside its peers, CSV; ARGS go to bench.gpu
+bench-gpu: build ## on an NVIDIA GPU: gate, ceilings, ours beside its peers, CSV, goals; ARGS go to bench.gpu
 	$(PY) -m bench.gpu $(ARGS)
 
 compile-report: build ## registers, spills, tensor cores of every GPU kernel, without a GPU; ARGS go to bench.compile_report

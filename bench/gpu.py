@@ -9,18 +9,19 @@
 
 Candidates take turns within a round, so that a clock that drifts drifts for all; a time is the median of
 the rounds, a ratio the median over rounds of peer / ours. Each line is printed and written to the CSV
-when it is measured.
+when it is measured; the goals (bench.goals) and the plot's command come last.
 """
 
 from __future__ import annotations
 
 import csv
 import math
+import os
 import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,6 +31,7 @@ import typer
 from torch import Tensor
 
 import peftkern
+from bench import goals, store
 from bench.cases import LLAMA, Shape
 from bench.eager_mora import EagerMora
 from bench.machine import ROOT, commit
@@ -42,8 +44,9 @@ LLAMA_70B = (
     Shape(1024, 8192, "Llama-3-70B k, v"),
 )
 TOKENS = (1, 4, 16, 64, 128, 256, 512, 1024, 2048, 8192)
-TRAINED = (512, 2048, 8192)
-OPS = ("dequantize", "linear", "dx", "lora_step", "mora_step")
+TRAINED = goals.TRAINED
+OPS = ("dequantize", "linear", "dx", "lora", "lora_step", "mora", "mora_step")
+ROWS = {"dequantize": (0,), "linear": TOKENS, "dx": TOKENS}  # of the others TRAINED
 RANK, SCALING, MORA_RANK = 16, 2.0, 8
 ROTATED = 240 << 20  # bytes of copies: four L2 caches of an H200
 MOST_COPIES = 128
@@ -99,8 +102,8 @@ def candidates(op: str, weights: Weights, M: int, device: torch.device) -> list[
     x = torch.randn(max(M, 1), K, device=device, dtype=bf16)
     dy = torch.randn(max(M, 1), N, device=device, dtype=bf16)
     leaf = x.clone().requires_grad_()
-    A = (torch.randn(RANK, K, device=device) / math.sqrt(K)).requires_grad_()
-    B = (torch.randn(N, RANK, device=device) * 0.02).requires_grad_()
+    A = torch.randn(RANK, K, device=device) / math.sqrt(K)
+    B = torch.randn(N, RANK, device=device) * 0.02
     quantized, denses = weights.quantized, weights.denses
     n, dense_n = weights.count, weights.dense_count
 
@@ -114,7 +117,7 @@ def candidates(op: str, weights: Weights, M: int, device: torch.device) -> list[
         return F.dequantize_4bit(packed, state)  # type: ignore[no-any-return]
 
     if op == "dequantize":
-        return [Candidate("peftkern", lambda: dequantized), Candidate("bitsandbytes", lambda: theirs_dense)]
+        return [Candidate(goals.OURS, lambda: dequantized), Candidate(goals.BNB, lambda: theirs_dense)]
 
     if op == "linear":
 
@@ -125,8 +128,8 @@ def candidates(op: str, weights: Weights, M: int, device: torch.device) -> list[
             return lambda i: bnb.matmul_4bit(x, copies[i % n][0].t(), quant_state=copies[i % n][1])
 
         return [
-            Candidate("peftkern", lambda: lambda i: peftkern.linear_4bit(x, quantized[i % n])),
-            Candidate("bitsandbytes", bnb_forward),
+            Candidate(goals.OURS, lambda: lambda i: peftkern.linear_4bit(x, quantized[i % n])),
+            Candidate(goals.BNB, bnb_forward),
             Candidate("dequantize + cuBLAS", lambda: lambda i: x @ dequantized(i).t()),
             Candidate("dense bf16", lambda: lambda i: x @ denses[i % dense_n].t()),
         ]
@@ -141,26 +144,38 @@ def candidates(op: str, weights: Weights, M: int, device: torch.device) -> list[
 
         # the primitive that backward runs: through autograd the forward product would be timed too
         return [
-            Candidate("peftkern", lambda: product),
-            Candidate("bitsandbytes", lambda: lambda i: dy @ theirs_dense(i)),
+            Candidate(goals.OURS, lambda: product),
+            Candidate(goals.BNB, lambda: lambda i: dy @ theirs_dense(i)),
             Candidate("dequantize + cuBLAS", lambda: lambda i: dy @ dequantized(i)),
             Candidate("dense bf16", lambda: lambda i: dy @ denses[i % dense_n]),
         ]
 
-    if op == "lora_step":
-        leaves = (leaf, A, B)
+    # forward alone, as in inference, or a step: forward and every gradient
+    trains = op.endswith("step")
+    source = leaf if trains else x
 
-        def ours_step(i: int) -> Any:
-            return _step(peftkern.lora_linear(leaf, quantized[i % n], A, B, SCALING), leaves, dy)
+    def bare(i: int) -> Any:
+        y = peftkern.linear_4bit(source, quantized[i % n])
+        return _step(y, (source,), dy) if trains else y
 
-        def peft_step() -> Call:
+    if op in ("lora", "lora_step"):
+        A.requires_grad_(trains)
+        B.requires_grad_(trains)
+
+        def ours_lora(i: int) -> Any:
+            y = peftkern.lora_linear(source, quantized[i % n], A, B, SCALING)
+            return _step(y, (source, A, B), dy) if trains else y
+
+        def peft_lora() -> Call:
             layers = [_peft_layer(weights, i, A, B) for i in range(n)]
 
-            def step(i: int) -> Any:
+            def call(i: int) -> Any:
                 layer, its_A, its_B = layers[i % n]
-                return _step(layer(leaf), (leaf, its_A, its_B), dy)
+                with torch.set_grad_enabled(trains):
+                    y = layer(source)
+                return _step(y, (source, its_A, its_B), dy) if trains else y
 
-            return step
+            return call
 
         def by_hand(i: int) -> Any:
             """What hand-written QLoRA does: dequantize, cuBLAS, and the adapter added in place."""
@@ -169,40 +184,40 @@ def candidates(op: str, weights: Weights, M: int, device: torch.device) -> list[
                 t = x @ a.t()
                 y = x @ W.t()
                 y.addmm_(t, b.t(), alpha=SCALING)
+                if not trains:
+                    return y
                 W = dequantized(i)
                 g = dy @ b
                 dx = dy @ W
                 dx.addmm_(g, a, alpha=SCALING)
                 return y, dx, (g.t() @ x * SCALING).float(), (dy.t() @ t * SCALING).float()
 
-        def bare(i: int) -> Any:
-            return _step(peftkern.linear_4bit(leaf, quantized[i % n]), (leaf,), dy)
-
         return [
-            Candidate("peftkern", lambda: ours_step),
-            Candidate("bitsandbytes + peft", peft_step),
-            Candidate("dequantize + cuBLAS + addmm_", lambda: by_hand),
-            Candidate("peftkern without adapter", lambda: bare),
+            Candidate(goals.OURS, lambda: ours_lora),
+            Candidate(goals.PEFT, peft_lora),
+            Candidate(goals.BY_HAND, lambda: by_hand),
+            Candidate(goals.BARE, lambda: bare),
         ]
 
-    assert op == "mora_step"
+    assert op in ("mora", "mora_step")
     found = []
     for kind in (1, 2, 3, 4, 6):
         side = peftkern.mora_rank(K, N, MORA_RANK, kind)
-        matrix = (torch.randn(side, side, device=device) / side).requires_grad_()
+        matrix = (torch.randn(side, side, device=device) / side).requires_grad_(trains)
         eager = EagerMora(kind, K, N, side, bf16).to(device)
         eager.tables = tuple(table.to(device) for table in eager.tables)
 
         def ours_mora(i: int, kind: int = kind, matrix: Tensor = matrix) -> Any:
-            return _step(peftkern.mora_linear(leaf, quantized[i % n], matrix, kind), (leaf, matrix), dy)
+            y = peftkern.mora_linear(source, quantized[i % n], matrix, kind)
+            return _step(y, (source, matrix), dy) if trains else y
 
         def eager_mora(i: int, eager: EagerMora = eager, matrix: Tensor = matrix) -> Any:
-            y = leaf @ dequantized(i).t() + eager(leaf, matrix.to(bf16))
-            return _step(y, (leaf, matrix), dy)
+            y = source @ dequantized(i).t() + eager(source, matrix.to(bf16))
+            return _step(y, (source, matrix), dy) if trains else y
 
         found.append(Candidate(f"peftkern type {kind}", lambda f=ours_mora: f))  # type: ignore[misc]
         found.append(Candidate(f"eager type {kind}", lambda f=eager_mora: f))  # type: ignore[misc]
-    return found
+    return [*found, Candidate(goals.BARE, lambda: bare)]
 
 
 def _peft_layer(weights: Weights, i: int, A: Tensor, B: Tensor) -> tuple[Any, Tensor, Tensor]:
@@ -406,9 +421,44 @@ def _versions() -> str:
     return ", ".join(found)
 
 
+def measure_all(
+    cases: Sequence[tuple[Shape, str, int]],
+    device: torch.device,
+    target: Path,
+    common: dict[str, str],
+    deadline: float,
+) -> None:
+    """Every case (shape, op, M) that begins before the deadline; then the goals and the plot's command."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with target.open("w", newline="") as out:
+        writer = csv.DictWriter(out, COLUMNS, restval="")
+        writer.writeheader()
+        weights: Weights | None = None
+        for i, (shape, op, M) in enumerate(cases):
+            if time.monotonic() > deadline:
+                print(f"the time is over: {len(cases) - i} of {len(cases)} cases are not measured")
+                break
+            if weights is None or weights.shape != shape:
+                weights = None  # before the next ones are made
+                torch.cuda.empty_cache()
+                weights = Weights(shape, device)
+            for row in measure(op, weights, M, device):
+                at = {"op": op, "shape": shape.name, "label": shape.label, "M": M}
+                writer.writerow({**at, **row, **common})
+                out.flush()
+                print(
+                    f"{op:10} {shape.name:12} M={M:<5} {row['candidate']:30} {row['status']:8.60} "
+                    f"eager {row.get('eager_us', ''):>9} µs ({row.get('ratio_eager', '')})  "
+                    f"graph {row.get('graph_us', ''):>9} µs ({row.get('ratio_graph', '')})",
+                    flush=True,
+                )
+    print("\n".join(goals.report(store.read(target))))
+    print(f"python -m bench.plot {os.path.relpath(target)}")
+
+
 def main(
     ops: Annotated[str, typer.Option(help="some of " + ", ".join(OPS))] = ",".join(OPS),
-    models: Annotated[str, typer.Option(help="8b, 70b or both")] = "8b",
+    models: Annotated[str, typer.Option(help="8b, 70b or both")] = "8b,70b",
     m: Annotated[str, typer.Option(help="numbers of rows; empty: those of each operation")] = "",
     minutes: Annotated[float, typer.Option(help="stop before a new case after this time")] = 9.0,
     file: Annotated[
@@ -421,7 +471,6 @@ def main(
     torch.backends.cuda.matmul.allow_tf32 = False
     name = torch.cuda.get_device_name(device)
     target = file or ROOT / "bench" / "results" / name.split()[-1].lower() / "gpu.csv"
-    target.parent.mkdir(parents=True, exist_ok=True)
     clocks = subprocess.run(
         ["nvidia-smi", "--query-gpu=clocks.sm,clocks.mem,power.draw", "--format=csv,noheader"],
         capture_output=True,
@@ -444,30 +493,14 @@ def main(
         "when": time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime()),
     }
     shapes = (LLAMA if "8b" in models else ()) + (LLAMA_70B if "70b" in models else ())
-    with target.open("w", newline="") as out:
-        writer = csv.DictWriter(out, COLUMNS, restval="")
-        writer.writeheader()
-        for shape in shapes:
-            weights = Weights(shape, device)
-            for op in ops.split(","):
-                usual = (0,) if op == "dequantize" else TRAINED if op.endswith("step") else TOKENS
-                rows = tuple(int(one) for one in m.split(",")) if m and op != "dequantize" else usual
-                for M in rows:
-                    if time.monotonic() - started > minutes * 60:
-                        print("the time is over: the rest is not measured")
-                        return
-                    for row in measure(op, weights, M, device):
-                        at = {"op": op, "shape": shape.name, "label": shape.label, "M": M}
-                        writer.writerow({**at, **row, **common})
-                        out.flush()
-                        print(
-                            f"{op:10} {shape.name:12} M={M:<5} {row['candidate']:30} {row['status']:8.60} "
-                            f"eager {row.get('eager_us', ''):>9} µs ({row.get('ratio_eager', '')})  "
-                            f"graph {row.get('graph_us', ''):>9} µs ({row.get('ratio_graph', '')})",
-                            flush=True,
-                        )
-            del weights
-            torch.cuda.empty_cache()
+    tokens = tuple(int(one) for one in m.split(",")) if m else ()
+    cases = [
+        (shape, op, M)
+        for shape in shapes
+        for op in ops.split(",")
+        for M in (ROWS.get(op, TRAINED) if op == "dequantize" or not tokens else tokens)
+    ]
+    measure_all(cases, device, target, common, started + minutes * 60)
 
 
 if __name__ == "__main__":
