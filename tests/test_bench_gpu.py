@@ -63,7 +63,7 @@ def written(path: Path, ratio: float, peak: int = 10**6, share: float = 0.9) -> 
         peers[op] = {goals.OURS: 1.0, goals.PEFT: ratio, goals.BY_HAND: ratio, goals.BARE: 0.98}
     for op in ("mora", "mora_step"):
         kinds = (1, 2, 3, 4, 6)
-        peers[op] = {f"{goals.OURS} type {kind}": 1.0 + kind / 100 for kind in kinds}
+        peers[op] = {f"{goals.OURS} type {kind}": 1.0 + 0.019 * kind for kind in kinds}
         peers[op] |= {f"eager type {kind}": ratio for kind in kinds} | {goals.BARE: 1.0}
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, gpu.COLUMNS, restval="")
@@ -92,7 +92,8 @@ def written(path: Path, ratio: float, peak: int = 10**6, share: float = 0.9) -> 
 def test_goals_are_judged_from_the_csv(tmp_path: Path) -> None:
     """Each of the issue's rows, met and not; nothing where nothing was measured."""
     met = {}
-    for ratio in (0.5, 1.3, 3.0):
+    ratios = (0.5, 1.0, 1.3, 1.5, 3.0)
+    for ratio in ratios:
         found = list(goals.judge(store.read(written(tmp_path / "gpu.csv", ratio))))
         assert {one.shape for one in found} == set(goals.SHAPES)
         for one in found:
@@ -104,14 +105,15 @@ def test_goals_are_judged_from_the_csv(tmp_path: Path) -> None:
         "dequantize, share of the copy", "step's memory, copies of W in bf16",
     }  # fmt: skip
     for M, wanted in goals.FORWARD.items():
-        for ratio in (0.5, 1.3, 3.0):
+        for ratio in ratios:
             assert met[ratio, "forward, bitsandbytes", M] == (ratio >= wanted)
             assert met[ratio, "dX, bitsandbytes", M] == (ratio >= 0.9 * wanted)
     assert not met[1.3, "LoRA's step, bitsandbytes + peft", 8192]
     assert met[1.3, "LoRA's step, dequantize + cuBLAS", 512]
     assert met[1.3, "LoRA's cost, step", 512]  # 2 %
-    # type k costs k %: up to 4 % is allowed, up to 10 % of type 6
-    assert all(met[1.3, f"MoRA's cost, {way}, type {k}", 512] for way in ("forward", "step") for k in (3, 6))
+    for way in ("forward", "step"):  # type k costs 1.9 k %: 4 % are allowed, 10 % of type 6
+        kinds = [kind for kind in (1, 2, 3, 4, 6) if met[1.3, f"MoRA's cost, {way}, type {kind}", 512]]
+        assert kinds == [1, 2]
     assert goals.report([]) == ["goals: none of them was measured"]
 
 
