@@ -115,12 +115,12 @@ def test_scratch(M: int, block: int, part: int, kind: str, mora_type: int | str,
     o = {"x": x, "matrix": torch.randn(rank, rank).requires_grad_(), "bias": torch.randn(outputs)}
     grad = torch.randn(M, outputs).bfloat16()
     if mora_type in (6, "decoupling"):
-        values = 4 * P * (part if kind == "none" else block)
-        a, turned = 2 * P * part, 4 * P * part if mora_type == 6 else 0  # g M, not yet turned back
-        # alone, the middle is dx here, and y and dY too where there are as many columns
-        square = outputs == P
-        forward = a + (0 if kind == "none" and square else values)
-        backward = a + (0 if square else a) + turned + (0 if kind == "none" else values)
+        # the middle of x, of dY, of g M not yet turned back, of what is added: none where a tensor is it
+        square, turned = outputs == P, mora_type == 6
+        of_x, of_dY = 2 * P * part * turned, 2 * P * part * (not square)
+        added = 0 if kind == "none" else 4 * P * block
+        forward = of_x + (4 * P * part if kind == "none" and not square else added)
+        backward = max(of_dY + 4 * P * part * turned + added, of_x + of_dY)  # dX, then dM
         # what the docstrings say
         assert forward <= (1 << 21 if kind == "none" else 4 * P * min(M, 384) + (1 << 20))
         assert backward <= (1 << 22 if kind == "none" else 4 * P * min(M, 384) + 3 * (1 << 20))

@@ -25,6 +25,16 @@ A primitive writes into `out`, which the caller allocated; it allocates nothing 
         rotation     None, or fp32 [n, 2, h] (cos, sin), contiguous, n * 2h = P: block b of 2h columns becomes
                      (z1 cos - z2 sin, z2 cos + z1 sin), z1 and z2 its halves; sin negated when inverse
         all in fp32 with one rounding to out's dtype at the end
+    blocks(out, x, weight, transposed, matrix, scaling, bias, rotation, width)
+        MoRA of several blocks, its own adjoint with x's and out's ends swapped. matrix [r̂, r̂], width = n r̂,
+        weight as in matmul or None, rotation None or fp32 [n, 2, r̂ / 2] as in compress.
+        plain:       out = x Wᵀ + bias + spread(v, cyclic, outputs), of each block of r̂ columns
+                     v_b = scaling * z_b matrixᵀ in fp32,
+                     z = compress(x, cyclic, width, rotation) in x's dtype
+        transposed:  out = x W + bias + spread(v, cyclic, width), v_b = scaling * z_b matrix, turned back,
+                     z = compress(x, cyclic, x's columns)
+    blocks_grad(dM, dY, x, scaling, rotation, width)
+        dM [r̂, r̂] fp32 = scaling * sum over rows and blocks of g_bᵀ z_b, z as above of x, g as z there of dY
     dequantize(out, weight)              out: contiguous [N, K] fp32, bf16 or fp16; weight: Weight4
     quantize(weight, packed, absmax, quant_type, blocksize)
         packed uint8 [ceil(N K / 2)] and absmax fp32 [ceil(N K / blocksize)] from a contiguous weight

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, get_num_threads
 
 from peftkern.backends import Backend, Call, Spread, Weight4, gemm_onto, product_by_product
+from peftkern.backends.blocks import Blocks
 
 _cpu: Any = None
 _missing: str | None = None
@@ -37,6 +38,8 @@ def supports(call: Call) -> str | None:
 def detail(call: Call) -> str:
     if call.primitive == "matmul_dense":
         return f"torch's GEMM, the addend by {_cpu.kernel('matmul', call.dtype)}"
+    if call.primitive in ("blocks", "blocks_grad"):
+        return f"{_cpu.kernel('compress', call.dtype)}, {_cpu.kernel('matmul', call.dtype)}, in row blocks"
     return str(_cpu.kernel("matmul" if call.primitive == "output_grads" else call.primitive, call.dtype))
 
 
@@ -102,6 +105,9 @@ def compress(
     _cpu.compress(out, x, grouped, length, rotation, inverse, get_num_threads())
 
 
+# Row blocks large enough to hide that each decodes W anew; parts that stay in the threads' L2 caches.
+_BLOCKS = Blocks(matmul, matmul_dense, compress, rows=384, scratch=1 << 21)
+
 BACKEND = Backend(
     name="cpu",
     rows={
@@ -112,6 +118,8 @@ BACKEND = Backend(
         "quantize": quantize,
         "dropout": dropout,
         "compress": compress,
+        "blocks": _BLOCKS.product,
+        "blocks_grad": _BLOCKS.grad,
     },
     supports=supports,
     detail=detail,

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from peftkern import reference
 from peftkern.backends import Backend, Call, Spread, Weight4, product_by_product
+from peftkern.backends.blocks import Blocks
 from peftkern.formats import DoubleQuant, QuantizedWeight
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -93,6 +94,8 @@ def supports(call: Call) -> str | None:
     return None
 
 
+_BLOCKS = Blocks(matmul, matmul_dense, compress, rows=1 << 20, scratch=1 << 30)
+
 BACKEND = Backend(
     name="reference",
     rows={
@@ -100,6 +103,8 @@ BACKEND = Backend(
         "matmul_dense": matmul_dense,
         "output_grads": output_grads,
         "compress": compress,
+        "blocks": _BLOCKS.product,
+        "blocks_grad": _BLOCKS.grad,
         "dequantize": dequantize,
         "quantize": quantize,
         "dropout": dropout,

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from peftkern.backends import Backend, Call, Spread, Weight4, gemm_onto, product_by_product
+from peftkern.backends.blocks import Blocks
 
 if TYPE_CHECKING:
     from peftkern.triton_kernels.launch import Launch, Machine
@@ -188,6 +189,9 @@ def dropout(out: Tensor, x: Tensor, p: float, seed: Tensor) -> None:
     _run(kernels.plan(out, x, keep_threshold(p), seed), x.device)
 
 
+# a base's row block reads W once for many tiles; beyond that memory is saved
+_BLOCKS = Blocks(matmul, matmul_dense, compress, rows=4096, scratch=1 << 26)
+
 BACKEND = Backend(
     name="triton",
     rows={
@@ -195,6 +199,8 @@ BACKEND = Backend(
         "matmul_dense": matmul_dense,
         "output_grads": output_grads,
         "compress": compress,
+        "blocks": _BLOCKS.product,
+        "blocks_grad": _BLOCKS.grad,
         "dequantize": dequantize,
         "quantize": quantize,
         "dropout": dropout,

@@ -244,28 +244,11 @@ def base_matmul(
         )
     if isinstance(weight, tuple):
         out = x.new_empty(x.shape[0], weight[6] if transposed else weight[5])
-    else:
-        out = x.new_empty(x.shape[0], weight.shape[1] if transposed else weight.shape[0])
-    base_matmul_into(row, out, x, weight, transposed, t, u, bias, spread)
-    return out
-
-
-def base_matmul_into(
-    row: Primitive,
-    out: Tensor,
-    x: Tensor,
-    weight: Weight4 | Tensor,
-    transposed: bool,
-    t: Tensor | None,
-    u: Tensor | None,
-    bias: Tensor | None,
-    spread: Spread | None,
-) -> None:
-    """base_matmul of some rows, into memory that is there."""
-    if isinstance(weight, tuple):
         row(out, x, weight, transposed, 1.0, t, u, bias, spread)
     else:
+        out = x.new_empty(x.shape[0], weight.shape[1] if transposed else weight.shape[0])
         find("matmul_dense", x.device, x.dtype)(out, x, weight, transposed, t, u, bias, spread)
+    return out
 
 
 def thin_matmul(

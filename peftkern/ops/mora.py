@@ -25,7 +25,6 @@ from peftkern.ops.linear import (
     as_rows,
     autocast_dtype,
     base_matmul,
-    base_matmul_into,
     check_base,
     check_scaling,
     check_size,
@@ -47,13 +46,6 @@ from peftkern.ops.linear import (
 from peftkern.reference import mora_kind
 
 _OPS: Any = torch.ops.peftkern
-
-# Every product with a base decodes or streams W anew: row blocks large enough to hide that.
-_ROWS_WITH_BASE = 384
-# Bytes of a part's middle in x's dtype and in fp32, small enough for the threads' L2 caches. Over a base the
-# fp32 one is the row block's, beside this; backward has the middle of both ends and, to turn it, one more in
-# fp32, at most twice as much in all.
-_SCRATCH = 1 << 21
 
 
 class _Plan(NamedTuple):
@@ -97,14 +89,10 @@ def _spread(row: Primitive | None, spread: Spread, outputs: int, dtype: torch.dt
     values, grouped, length = spread
     if row is None:
         return _OPS.spread(values, outputs, grouped, length, dtype)  # type: ignore[no-any-return]
-    out = values.new_empty(values.shape[0], outputs, dtype=dtype)
-    _spread_into(row, out, spread)
-    return out
-
-
-def _spread_into(row: Primitive, out: Tensor, spread: Spread) -> None:
-    rows, outputs = out.shape
+    rows = values.shape[0]
+    out = values.new_empty(rows, outputs, dtype=dtype)
     row(out, out.new_empty(rows, 0), out.new_empty(outputs, 0), False, 1.0, None, None, None, spread)
+    return out
 
 
 def _expand(
@@ -122,59 +110,7 @@ def _expand(
     return base_matmul(row, x, weight, transposed, None, None, bias, spread)
 
 
-# ---- several blocks (type 6, decoupling): the middle is as wide as x, so it is made for some rows at a time
-
-
-def _split(rows: int, most: int) -> int:
-    """The size of as few equal parts as there can be."""
-    return -(-rows // -(-rows // most))
-
-
-class _Block(NamedTuple):
-    """Rows that go through the product with the base at once, and their parts (start, rows), each of which
-    goes through what is before it at once."""
-
-    start: int
-    rows: int
-    parts: list[tuple[int, int]]
-
-
-def _row_blocks(x: Tensor, width: int, based: bool) -> list[_Block]:
-    """The first block, and a block's first part, is the largest. Without a base every part is a block.
-
-    dM is a sum over parts: x's shape and dtype alone decide them, so that its bits are the same for any
-    number of threads, and whether the base takes part in the pass (for dX) or not."""
-    step = _split(max(1, x.shape[0]), _ROWS_WITH_BASE)
-    part = _split(step, max(1, _SCRATCH // (width * (x.element_size() + 4))))
-    blocks = []
-    for start in range(0, x.shape[0], step):
-        rows = min(step, x.shape[0] - start)
-        parts = [(at, min(part, start + rows - at)) for at in range(start, start + rows, part)]
-        blocks += [_Block(start, rows, parts)] if based else [_Block(*one, [one]) for one in parts]
-    return blocks
-
-
-def _cut(tensor: Tensor, start: int, rows: int) -> Tensor:
-    return tensor if tensor.shape[0] == rows else tensor[start : start + rows]
-
-
-def _values(x: Tensor, blocks: list[_Block], width: int) -> Tensor:
-    return x.new_empty(blocks[0].rows, width, dtype=torch.float32)
-
-
-def _finish(
-    row: Primitive,
-    out: Tensor,
-    x: Tensor,
-    weight: Weight4 | Tensor | None,
-    transposed: bool,
-    bias: Tensor | None,
-    spread: Spread,
-) -> None:
-    if weight is None:
-        _spread_into(row, out, spread)
-    else:
-        base_matmul_into(row, out, x, weight, transposed, None, None, bias, spread)
+# ---- several blocks (type 6, decoupling)
 
 
 def _blocks(
@@ -187,27 +123,22 @@ def _blocks(
     scaling: float,
 ) -> Tensor:
     """x Wᵀ + bias + scaling · mora(x), [M, outputs]."""
-    size, out = matrix.shape[0], x.new_empty(x.shape[0], outputs)
-    if not x.shape[0]:
-        return out
-    plan = _plan(6 if rotated else "decoupling", size, x.shape[1], outputs)
-    width = plan.blocks * size  # P
-    row, compress = find("matmul", x.device, x.dtype), find("compress", x.device, x.dtype)
-    table = _rotation(size, plan.blocks, x.device) if rotated else None
-    blocks = _row_blocks(x, width, weight is not None)
-    middle = x.new_empty(blocks[0].parts[0][1], width)
-    # y may be the middle itself
-    values = None if weight is None and outputs == width else _values(x, blocks, width)
-    for start, rows, parts in blocks:
-        Y = _cut(out, start, rows)
-        V = Y if values is None else _cut(values, 0, rows)
-        for at, some in parts:
-            a, v = _cut(middle, 0, some), _cut(V, at - start, some)
-            compress(a, _cut(x, at, some), *plan.inner, table, False)
-            row(v.view(-1, size), a.view(-1, size), matrix, False, scaling, None, None, None)
-        if values is not None:
-            _finish(row, Y, _cut(x, start, rows), weight, False, bias, (V, *plan.outer))
+    out = _blocks_fake(x, outputs)
+    table, width = _middle(matrix.shape[0], x.shape[1], outputs, rotated, x.device)
+    find("blocks", x.device, x.dtype)(out, x, weight, False, matrix, scaling, bias, table, width)
     return out
+
+
+def _blocks_fake(x: Tensor, outputs: int) -> Tensor:
+    return x.new_empty((x.shape[0], outputs))
+
+
+def _middle(
+    size: int, inputs: int, outputs: int, rotated: bool, device: torch.device
+) -> tuple[Tensor | None, int]:
+    """The rotation, if there is one, and the width n r̂."""
+    plan = _plan(6 if rotated else "decoupling", size, inputs, outputs)
+    return _rotation(size, plan.blocks, device) if rotated else None, plan.blocks * size
 
 
 def _blocks_backward(
@@ -220,51 +151,14 @@ def _blocks_backward(
     rotated: bool,
     scaling: float,
 ) -> tuple[Tensor, Tensor]:
-    """Given M, dx = dY W + scaling · (mora's adjoint)(dY); given x, dM = scaling · Σ gᵀ a in fp32, over rows
+    """Given M, dx = dY W + scaling · (mora's adjoint)(dY); given x, dM = scaling · Σ gᵀ z in fp32, over rows
     and blocks. What is not asked for is empty."""
     dx, dM = _blocks_backward_fake(dY, x, matrix, inputs, size)
-    if not dY.shape[0]:
-        return dx, dM.zero_()
-    plan = _plan(6 if rotated else "decoupling", size, inputs, dY.shape[1])
-    width = plan.blocks * size
-    row, compress = find("matmul", dY.device, dY.dtype), find("compress", dY.device, dY.dtype)
-    table = _rotation(size, plan.blocks, dY.device) if rotated else None
-    blocks = _row_blocks(dY, width, weight is not None and matrix is not None)
-    largest = blocks[0].parts[0][1]
-    copied = dY.shape[1] == width and dY.is_contiguous()  # dY is its own compression
-    outer = None if copied else dY.new_empty(largest, width)
-    inner = None if x is None else dY.new_empty(largest, width)
-    # dx may be the middle itself
-    spread = matrix is not None and (weight is not None or inputs != width)
-    values = _values(dY, blocks, width) if spread else None
-    turned = unrotate = None
-    if matrix is not None and table is not None:
-        turned = dY.new_empty(largest, width, dtype=torch.float32)
-        unrotate = find("compress", dY.device, torch.float32)
-    term = dM
-    for start, rows, parts in blocks:
-        for at, some in parts:
-            g = _cut(dY, at, some)
-            if outer is not None:
-                g = _cut(outer, 0, some)
-                compress(g, _cut(dY, at, some), *plan.outer, None, False)
-            if x is not None and inner is not None:
-                a = _cut(inner, 0, some)
-                compress(a, _cut(x, at, some), *plan.inner, table, False)
-                if at and term is dM:
-                    term = torch.empty_like(dM)
-                row(term, g.view(-1, size).t(), a.view(-1, size), True, scaling, None, None, None)
-                if at:
-                    dM.add_(term)
-            if matrix is not None:
-                v = _cut(dx, at, some) if values is None else _cut(values, at - start, some)
-                u = v if turned is None else _cut(turned, 0, some)
-                row(u.view(-1, size), g.view(-1, size), matrix, True, scaling, None, None, None)
-                if unrotate is not None:
-                    unrotate(v, u, False, width, table, True)
-        if values is not None:
-            D, V = _cut(dY, start, rows), _cut(values, 0, rows)
-            _finish(row, _cut(dx, start, rows), D, weight, True, None, (V, *plan.inner))
+    table, width = _middle(size, inputs, dY.shape[1], rotated, dY.device)
+    if matrix is not None:
+        find("blocks", dY.device, dY.dtype)(dx, dY, weight, True, matrix, scaling, None, table, width)
+    if x is not None:
+        find("blocks_grad", dY.device, dY.dtype)(dM, dY, x, scaling, table, width)
     return dx, dM
 
 
@@ -300,7 +194,7 @@ def _blocks_op(x: Tensor, matrix: Tensor, bias: Tensor | None, *args: Any) -> Te
 
 
 def _blocks_op_fake(x: Tensor, matrix: Tensor, bias: Tensor | None, *args: Any) -> Tensor:
-    return x.new_empty((x.shape[0], args[-3]))
+    return _blocks_fake(x, args[-3])
 
 
 def _blocks_backward_op(
@@ -623,9 +517,24 @@ def mora(x: Tensor, matrix: Tensor, out_features: int, mora_type: int | str = 1)
     return _apply(x, None, matrix, out_features, kind, 1.0, None)
 
 
+def _primitives(
+    x: Tensor,
+    dtype: torch.dtype,
+    weight: QuantizedWeight | Tensor | None,
+    matrix: Tensor,
+    outputs: int,
+    kind: int | str,
+) -> tuple[Call, ...]:
+    if _plan(kind, matrix.shape[0], x.shape[-1], outputs).blocks > 1:
+        names = ["blocks"]
+    else:
+        names = ["compress", "matmul"] + ["matmul_dense"] * isinstance(weight, Tensor)
+    return tuple(Call(name, x.device, dtype) for name in names)
+
+
 def _mora_calls(x: Tensor, matrix: Tensor, out_features: int, mora_type: int | str = 1) -> tuple[Call, ...]:
-    dtype, _ = _check_mora(x, matrix, out_features, mora_type)
-    return tuple(Call(primitive, x.device, dtype) for primitive in ("compress", "matmul"))
+    dtype, kind = _check_mora(x, matrix, out_features, mora_type)
+    return _primitives(x, dtype, None, matrix, out_features, kind)
 
 
 dispatch.CALLS["mora"] = _mora_calls
@@ -672,12 +581,12 @@ def mora_linear(
     Backward: dX = dY W + s · spread(g M), dM = s · Σ gᵀ z (g, z: `mora`), dbias = Σ dY, each in its own
     parameter's dtype, and only those that are asked for. A QuantizedWeight is frozen; a dense W that requires
     grad gets dW = dYᵀ X. Saved: z [M, r̂], M and the weight by reference, never a dequantized W, and x only
-    for a dense W that requires grad; for type 6 and "decoupling" with K > r̂, x by reference instead of z, and
-    both passes go through row blocks: u, as wide as x and in fp32, exists for at most 384 rows at a time (for
-    all where there are fewer), beside at most 1 MB of what else lies between, 3 MB in backward (or one row of
-    it, where that is more). First derivatives in reverse mode only: double backward and forward mode raise
-    RuntimeError. Under torch.autocast x and a dense W are cast as F.linear casts them; the matrix is brought
-    to that dtype inside the product and keeps its own for its gradient.
+    for a dense W that requires grad; for type 6 and "decoupling" with K > r̂, x by reference instead of z,
+    and both passes go through row blocks: u, as wide as x and in fp32, exists for at most 384 rows at a time
+    (for all where there are fewer), beside at most 1 MB of what else lies between, 3 MB in backward (or one
+    row of it, where that is more). First derivatives in reverse mode only: double backward and forward mode
+    raise RuntimeError. Under torch.autocast x and a dense W are cast as F.linear casts them; the matrix is
+    brought to that dtype inside the product and keeps its own for its gradient.
 
     Raises TypeError or ValueError naming the argument; RuntimeError when a forced backend cannot run the
     call. Method: MoRA, Jiang et al., arXiv 2405.12130, whose scaling is 1; QLoRA, Dettmers et al., arXiv
@@ -697,11 +606,8 @@ def _linear_calls(
     scaling: float = 1.0,
     bias: Tensor | None = None,
 ) -> tuple[Call, ...]:
-    dtype, _ = _check_linear(x, weight, matrix, mora_type, scaling, bias)
-    primitives = ["matmul", "compress"]
-    if isinstance(weight, Tensor):
-        primitives.insert(0, "matmul_dense")
-    return tuple(Call(primitive, x.device, dtype) for primitive in primitives)
+    dtype, kind = _check_linear(x, weight, matrix, mora_type, scaling, bias)
+    return _primitives(x, dtype, weight, matrix, weight.shape[0], kind)
 
 
 dispatch.CALLS["mora_linear"] = _linear_calls
