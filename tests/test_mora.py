@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import bounds
 import pytest
@@ -27,7 +28,7 @@ from torch import Tensor
 
 import peftkern
 from peftkern import QuantizedWeight, merge, mora, mora_delta, mora_linear, mora_rank, reference
-from peftkern.ops import mora as ops
+from peftkern.backends.blocks import Blocks
 
 TYPES = pytest.mark.parametrize("mora_type", MORA_TYPES)
 SHAPES = pytest.mark.parametrize("shape", MORA_SHAPES)
@@ -300,8 +301,12 @@ BASES = pytest.mark.parametrize("kind", ["plain", "nested", "dense", "none"])
 
 def shrink_row_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several blocks in the middle: 20 rows go through them in as many turns as 1000 of a layer."""
-    monkeypatch.setattr(ops, "_ROWS_WITH_BASE", 8)
-    monkeypatch.setattr(ops, "_SCRATCH", 2048)
+    whole = Blocks._row_blocks
+
+    def shrunk(self: Blocks, *args: Any) -> Any:
+        return whole(self._replace(rows=8, scratch=2048), *args)
+
+    monkeypatch.setattr(Blocks, "_row_blocks", shrunk)
 
 
 @TYPES
