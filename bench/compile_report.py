@@ -158,7 +158,10 @@ def cases(capability: int, everything: bool) -> Iterator[Case]:
         a = main.arguments
         tile = f"{a['BLOCK_O']}x{a['BLOCK_M']}x{a['BLOCK_C']} {main.warps} warps {main.stages} stages"
         how = ", split" if a["SPLIT"] else ""
-        yield Case("matmul_dense", f"{name} {tile}{how}", [main], x.dtype != fp32)
+        configuration = f"{name} {tile}{how}"
+        if configuration not in seen:
+            seen.add(configuration)
+            yield Case("matmul_dense", configuration, [main], x.dtype != fp32)
 
     for rank in (16, 32, 64):
         for M in (512, 16384):
@@ -184,8 +187,9 @@ def cases(capability: int, everything: bool) -> Iterator[Case]:
             types = f"{dtype} {adapter}".replace("torch.", "")
             how = f"{launch.warps} warps {launch.stages} stages, {asked}, rank {rank} {types}"
             configuration = f"{tile}{how}{', odd N' if odd else ''}"
-            if main or "finish_output_grads" not in seen:
-                seen.add(launch.kernel.__name__)
+            name = configuration if main else launch.kernel.__name__
+            if name not in seen:
+                seen.add(name)
                 yield Case(launch.kernel.__name__, configuration, [launch], main and dtype != fp32)
 
     for M in (512, 8192):

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import weakref
 from collections.abc import Iterator
 
 import bounds
@@ -193,6 +194,50 @@ def test_dequantized_for_a_vendors_product(
     error = bound.error + only.error + bounds.UNIT[dtype] * only.value.abs()
     typical = (bound.typical.square() + (bounds.UNIT[dtype] * only.value).square()).sqrt()
     bounds.check("out", out, Approx(bound.value, error, typical))
+
+
+def test_plans_keep_numbers_and_no_tensors() -> None:
+    """A plan of sizes that were seen takes its numbers from a bounded cache, and nothing of its tensors."""
+    pytest.importorskip("triton", reason="plans come with the kernels, which import triton")
+    from peftkern.triton_kernels import launch, matmul, output_grads
+
+    machine = launch.Machine(90, 132)
+    weight = quantized(64, 1024)
+
+    def tensors(M: int) -> list[Tensor]:
+        return [torch.randn(M, 64), torch.randn(M, 1024), torch.randn(M, 8), torch.randn(64, 8)]
+
+    def plans(y: Tensor, x: Tensor, t: Tensor, u: Tensor) -> list[launch.Launch]:
+        return [
+            *matmul.plan(machine, y, x, weight.kernel_args, False, 1.0, t, u, None, None),
+            *matmul.plan(machine, t, x, torch.randn(8, 1024), False, 1.0, None, None, None, None),
+            *output_grads.plan(machine, t, u, None, y, u.clone(), t.clone(), 1.0),
+        ]
+
+    def numbers(launches: list[launch.Launch]) -> list[dict[str, object]]:
+        return [
+            {
+                name: value.shape if isinstance(value, Tensor) else value
+                for name, value in each.arguments.items()
+            }
+            for each in launches
+        ]
+
+    caches = (matmul._fixed, output_grads._fixed)
+    assert all(cache.cache_info().maxsize for cache in caches)
+    for cache in caches:
+        cache.cache_clear()
+    first, second, other = tensors(3), tensors(3), tensors(4)
+    told = plans(*first)
+    misses = [cache.cache_info().misses for cache in caches]
+    again = plans(*second)
+    assert [cache.cache_info().misses for cache in caches] == misses
+    assert numbers(again) == numbers(told)
+    assert again[0].arguments["x"] is second[1]
+    assert numbers(plans(*other)) != numbers(told)
+    gone = [weakref.ref(tensor) for tensor in first]
+    del first, told
+    assert not any(reference() for reference in gone)
 
 
 @pytest.mark.usefixtures("interpreted")

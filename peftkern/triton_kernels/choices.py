@@ -8,6 +8,7 @@ beyond it, decoding W anew for each tile of rows costs more than writing and rea
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple, TypeVar
 
 from peftkern.triton_kernels.launch import Machine
@@ -134,6 +135,7 @@ def splits(tile: Tile, rows: int, outputs: int, inner: int, machine: Machine) ->
     return max(1, min(wanted, MAX_SPLITS, steps // MIN_STEPS))
 
 
+@lru_cache(maxsize=1024)
 def words_tile(rows: int, outputs: int, blocksize: int, transposed: bool, machine: Machine) -> Tile:
     for limit, candidates in of(WORDS_TRANSPOSED if transposed else WORDS, machine):
         if rows <= limit:

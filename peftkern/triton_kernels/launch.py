@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -28,8 +27,15 @@ INTERPRETED = Machine(90, 6)
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
-@dataclass(frozen=True)
-class Launch:
+Layout = tuple[torch.dtype, torch.Size, tuple[int, ...]]
+
+
+def layout(tensor: Tensor | None) -> Layout | None:
+    """All of a tensor that the choice of a kernel and its numbers depend on: a key, without the tensor."""
+    return None if tensor is None else (tensor.dtype, tensor.shape, tensor.stride())
+
+
+class Launch(NamedTuple):
     kernel: Any  # a JITFunction
     grid: tuple[int, ...]
     arguments: Mapping[str, Any]  # by name, constexprs too

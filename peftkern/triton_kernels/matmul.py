@@ -25,7 +25,8 @@ shuffles of the lookup 512; the machine code has some 190 instructions a thread 
 
 from __future__ import annotations
 
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -51,9 +52,9 @@ from peftkern.triton_kernels.decode import (
     prepare_lookup,
 )
 from peftkern.triton_kernels.dequantize import plan_scales
-from peftkern.triton_kernels.launch import TYPES, Launch, Machine, Spread, Weight4
+from peftkern.triton_kernels.launch import TYPES, Launch, Layout, Machine, Spread, Weight4, layout
 
-FINISH_BLOCK = 1024
+FINISH_BLOCK = 512
 BLOCK_R = 16  # a step of the addend: more of it at once would not fit beside the sums
 FINISH_REGISTERS = 16  # sums of a thread that are finished at a time
 
@@ -367,52 +368,97 @@ def precision() -> str:
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
-def _epilogue(out: Tensor, alpha: float, bias: Tensor | None, spread: Spread | None) -> dict[str, Any]:
-    values, grouped, length = (None, False, 0) if spread is None else spread
-    return {
-        "out": out,
-        "bias": bias,
-        "values": values,
-        "outputs": out.shape[1],
-        "P": 1 if values is None else values.shape[1],
+class _Fixed(NamedTuple):
+    """The launches of a plan without their tensors."""
+
+    kernel: Any
+    grid: tuple[int, int]
+    arguments: dict[str, Any]
+    parts: tuple[int, int, int] | None  # where the sum is split: of the buffer of its parts
+    finish: dict[str, Any]  # of the kernel that adds them up
+
+
+# a training run has a few for each kind of layer; a thousand are some megabytes
+@lru_cache(maxsize=1024)
+def _fixed(
+    machine: Machine,
+    tile: Tile,
+    precision: str,
+    out: Layout,
+    x: Layout,
+    weight: Any,
+    transposed: bool,
+    t: Layout | None,
+    u: Layout | None,
+    bias: Layout | None,
+    values: Layout | None,
+    grouped: bool,
+    length: int,
+) -> _Fixed:
+    """weight: the layout of a dense one; of one in 4 bits quant_type, blocksize, K and whether it is read in
+    words."""
+    _, (M, outputs), (stride_out_m, stride_out_o) = out
+    dtype, (_, inner), (stride_xm, stride_xc) = x
+    arguments: dict[str, Any] = {
+        "M": M,
+        "inner": inner,
+        "rank": 0 if t is None else t[1][1],
+        "stride_xm": stride_xm,
+        "stride_xc": stride_xc,
+        "stride_tm": 0 if t is None else t[2][0],
+        "stride_tr": 0 if t is None else t[2][1],
+        "stride_uo": 0 if u is None else u[2][0],
+        "stride_ur": 0 if u is None else u[2][1],
+        "COMPUTE": TYPES[dtype],
+        "PRECISION": precision,
+        "BLOCK_R": BLOCK_R,
+        "BLOCK_O": tile.outputs,
+        "BLOCK_M": tile.rows,
+        "BLOCK_C": tile.inner,
+        "GROUP": GROUP,
+        "PARTS": max(1, tile.outputs * tile.rows // (tile.warps * 32) // FINISH_REGISTERS),
+    }
+    dense = isinstance(weight[0], torch.dtype)
+    if dense:
+        row, column = weight[2]
+        arguments["stride_wo"], arguments["stride_wc"] = (column, row) if transposed else (row, column)
+        # nowhere else, lest every other number of rows needed a kernel of its own
+        arguments["EVEN_M"] = M % 16 == 0 and stride_xm == 1
+        arguments["EVEN_C"] = inner % 16 == 0 and 1 in (stride_xc, arguments["stride_wc"])
+    else:
+        quant_type, blocksize, K, words = weight
+        arguments |= {
+            "line": K // (4 if transposed else 8) if words else K,
+            "x_step": stride_xc * tile.inner,
+            "NF4": quant_type == "nf4",
+            "LOG2_BLOCK": blocksize.bit_length() - 1,
+            # how many neighbouring columns of a tile surely have one scale; a row may start inside a block
+            "SCALE_COLUMNS": min(blocksize, tile.outputs, K & -K) if words else tile.outputs,
+            "TRANSPOSED": transposed,
+            "WORDS": words,
+        }
+    epilogue = {
+        "outputs": outputs,
+        "P": 1 if values is None else values[1][1],
         "length": length,
-        "stride_out_m": out.stride(0),
-        "stride_out_o": out.stride(1),
-        "stride_bias": 0 if bias is None else bias.stride(0),
-        "stride_values": 0 if values is None else values.stride(0),
-        "alpha": float(alpha),
+        "stride_out_m": stride_out_m,
+        "stride_out_o": stride_out_o,
+        "stride_bias": 0 if bias is None else bias[2][0],
+        "stride_values": 0 if values is None else values[2][0],
         "GROUPED": grouped,
     }
-
-
-def _launches(
-    kernel: Any, tile: Tile, epilogue: dict[str, Any], arguments: dict[str, Any], parts: int
-) -> list[Launch]:
-    """The kernel, and where its sum is split the one that adds up the parts."""
-    out = epilogue["out"]
-    M, outputs = out.shape
-    steps = -(-arguments["inner"] // tile.inner)
-    per_split = -(-steps // parts)
+    steps = -(-inner // tile.inner)
+    per_split = -(-steps // splits(tile, M, outputs, inner, machine))
     parts = max(1, -(-steps // max(per_split, 1)))
-    split = parts > 1
-    grid = (tiles(tile, M, outputs), parts)
-    own = {**epilogue, **arguments, "steps_per_split": per_split, "SPLIT": split}
-    if not split:
-        return [Launch(kernel, grid, own, tile.warps, tile.stages)]
-    partial = torch.empty(parts, M, outputs, dtype=torch.float32, device=out.device)
-    # the parts are plain sums: everything after the sum happens once, in finish_split
-    own |= {"out": partial, "bias": None, "values": None, "alpha": 1.0}
-    numel = M * outputs
-    finish = {name: epilogue[name] for name in epilogue} | {
-        "partial": partial,
-        "numel": numel,
-        "splits": parts,
-    }
-    finish["BLOCK"] = FINISH_BLOCK
-    return [
-        Launch(kernel, grid, own, tile.warps, tile.stages),
-        Launch(finish_split, (-(-numel // FINISH_BLOCK),), finish),
-    ]
+    arguments |= {**epilogue, "steps_per_split": per_split, "SPLIT": parts > 1}
+    finish = {**epilogue, "numel": M * outputs, "splits": parts, "BLOCK": FINISH_BLOCK}
+    return _Fixed(
+        matmul_dense if dense else matmul_4bit,
+        (tiles(tile, M, outputs), parts),
+        arguments,
+        (parts, M, outputs) if parts > 1 else None,
+        finish,
+    )
 
 
 def plan(
@@ -429,45 +475,19 @@ def plan(
 ) -> list[Launch]:
     """The launches that compute `out`; none where it is empty. A split sum allocates its parts, fp32."""
     M, outputs = out.shape
-    inner = x.shape[1]
     launches: list[Launch] = []
     if M == 0 or outputs == 0:
         return launches
     if t is None or u is None or t.shape[1] == 0:
         t = u = None
-    compute = TYPES[x.dtype]
+    values, grouped, length = (None, False, 0) if spread is None else spread
     full = x.dtype == torch.float32
-    rank = 0 if t is None else t.shape[1]
-    arguments: dict[str, Any] = {
-        "x": x,
-        "t": t,
-        "u": u,
-        "M": M,
-        "inner": inner,
-        "rank": rank,
-        "stride_xm": x.stride(0),
-        "stride_xc": x.stride(1),
-        "stride_tm": 0 if t is None else t.stride(0),
-        "stride_tr": 0 if t is None else t.stride(1),
-        "stride_uo": 0 if u is None else u.stride(0),
-        "stride_ur": 0 if u is None else u.stride(1),
-        "COMPUTE": compute,
-        "PRECISION": precision() if full else "ieee",
-        "BLOCK_R": BLOCK_R,
-        "GROUP": GROUP,
-    }
-    epilogue = _epilogue(out, alpha, bias, spread)
+    tensors: dict[str, Any] = {"x": x, "t": t, "u": u}
+    key: Any
     if isinstance(weight, Tensor):
         tile = THIN_FLOAT32 if full else thin_tile(M, outputs)
-        arguments |= {
-            "weight": weight,
-            "stride_wo": weight.stride(1 if transposed else 0),
-            "stride_wc": weight.stride(0 if transposed else 1),
-        }
-        # nowhere else, lest every other number of rows needed a kernel of its own
-        arguments["EVEN_M"] = M % 16 == 0 and arguments["stride_xm"] == 1
-        arguments["EVEN_C"] = inner % 16 == 0 and 1 in (arguments["stride_xc"], arguments["stride_wc"])
-        kernel: Any = matmul_dense
+        tensors["weight"] = weight
+        key = layout(weight)
     else:
         packed, absmax, nested, quant_type, blocksize, _, K = weight
         if nested is not None:
@@ -480,19 +500,20 @@ def plan(
             packed = packed.view(torch.int16 if transposed else torch.int32)
         else:
             tile = FLOAT32 if full else BYTES
-        arguments |= {
-            "packed": packed,
-            "absmax": absmax,
-            "line": K // (4 if transposed else 8) if words else K,
-            "x_step": x.stride(1) * tile.inner,
-            "NF4": quant_type == "nf4",
-            "LOG2_BLOCK": blocksize.bit_length() - 1,
-            # how many neighbouring columns of a tile surely have one scale; a row may start inside a block
-            "SCALE_COLUMNS": min(blocksize, tile.outputs, K & -K) if words else tile.outputs,
-            "TRANSPOSED": transposed,
-            "WORDS": words,
-        }
-        kernel = matmul_4bit
-    arguments |= {"BLOCK_O": tile.outputs, "BLOCK_M": tile.rows, "BLOCK_C": tile.inner}
-    arguments["PARTS"] = max(1, tile.outputs * tile.rows // (tile.warps * 32) // FINISH_REGISTERS)
-    return launches + _launches(kernel, tile, epilogue, arguments, splits(tile, M, outputs, inner, machine))
+        tensors["packed"], tensors["absmax"] = packed, absmax
+        key = quant_type, blocksize, K, words
+    kernel, grid, arguments, parts, finish = _fixed(
+        machine, tile, precision() if full else "ieee", layout(out), layout(x), key, transposed, layout(t),
+        layout(u), layout(bias), layout(values), grouped, length,
+    )  # fmt: skip
+    end: dict[str, Any] = {"out": out, "bias": bias, "values": values, "alpha": float(alpha)}
+    if parts is None:
+        launches.append(Launch(kernel, grid, {**arguments, **tensors, **end}, tile.warps, tile.stages))
+        return launches
+    partial = torch.empty(parts, dtype=torch.float32, device=out.device)
+    # the parts are plain sums: everything after the sum happens once, in finish_split
+    plain = {"out": partial, "bias": None, "values": None, "alpha": 1.0}
+    launches.append(Launch(kernel, grid, {**arguments, **tensors, **plain}, tile.warps, tile.stages))
+    programs = -(-finish["numel"] // FINISH_BLOCK)
+    launches.append(Launch(finish_split, (programs,), {**finish, **end, "partial": partial}))
+    return launches

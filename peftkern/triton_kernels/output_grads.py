@@ -19,7 +19,8 @@ of the loop only what neither takes transposed.
 
 from __future__ import annotations
 
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -27,8 +28,8 @@ import triton.language as tl
 from torch import Tensor
 
 from peftkern.triton_kernels.arithmetic import brought_to, dot, rounded, sum_of_parts
-from peftkern.triton_kernels.choices import output_grads_tile
-from peftkern.triton_kernels.launch import TYPES, Launch, Machine
+from peftkern.triton_kernels.choices import Pass, output_grads_tile
+from peftkern.triton_kernels.launch import TYPES, Launch, Layout, Machine, layout
 from peftkern.triton_kernels.matmul import precision
 
 FINISH_NUMBERS = 512  # of a program
@@ -149,6 +150,83 @@ def finish_output_grads(
             _add_parts(dbias, dbias_parts, program, row_parts, N, 1, N, 1, stride_dbias, 0, NUMBERS, 1)
 
 
+class _Fixed(NamedTuple):
+    """The launches of a plan without their tensors."""
+
+    tile: Pass
+    grid: tuple[int, int]
+    arguments: dict[str, Any]
+    programs: int  # of the kernel that adds up the parts
+    finish: dict[str, Any]
+    parts: dict[str, tuple[int, ...]]  # of the results that come in parts, the shapes of these
+
+
+@lru_cache(maxsize=1024)
+def _fixed(
+    machine: Machine,
+    precision: str,
+    dY: Layout,
+    B: Layout | None,
+    T: Layout | None,
+    G: Layout | None,
+    dB: Layout | None,
+    dbias: Layout | None,
+    rank: int,
+) -> _Fixed:
+    dtype, (M, N), (stride_ym, stride_yn) = dY
+    tile, rows, row_parts = output_grads_tile(M, N, rank, dtype == torch.float32, machine)
+    columns = -(-N // tile.columns)
+    strides = {
+        "stride_gm": 0 if G is None else G[2][0],
+        "stride_gr": 0 if G is None else G[2][1],
+        "stride_dbn": 0 if dB is None else dB[2][0],
+        "stride_dbr": 0 if dB is None else dB[2][1],
+        "stride_dbias": 0 if dbias is None else dbias[2][0],
+    }
+    sizes = {"M": M, "N": N, "rank": rank, "BLOCK_R": tile.rank}
+    arguments: dict[str, Any] = {
+        **strides,
+        **sizes,
+        "stride_g_tile": 0,
+        "stride_db_part": 0,
+        "stride_dbias_part": 0,
+        "steps_per_part": rows // tile.rows,
+        "stride_ym": stride_ym,
+        "stride_yn": stride_yn,
+        "stride_bn": 0 if B is None else B[2][0],
+        "stride_br": 0 if B is None else B[2][1],
+        "stride_tm": 0 if T is None else T[2][0],
+        "stride_tr": 0 if T is None else T[2][1],
+        "Y_RIGHT": tile.y_right,
+        "COMPUTE": TYPES[dtype],
+        "PRECISION": precision,
+        "BLOCK_N": tile.columns,
+        "BLOCK_M": tile.rows,
+    }
+    parts: dict[str, tuple[int, ...]] = {}
+    lines = FINISH_NUMBERS // tile.rank
+    programs = {"G": 0, "dB": 0, "dbias": 0}
+    if G is not None and columns > 1:
+        parts["G"], programs["G"] = (M, columns, rank), -(-M // lines)
+        arguments |= {"stride_g_tile": rank, "stride_gm": columns * rank, "stride_gr": 1}
+    if dB is not None and row_parts > 1:
+        parts["dB"], programs["dB"] = (row_parts, N, rank), -(-N // lines)
+        arguments |= {"stride_db_part": N * rank, "stride_dbn": rank, "stride_dbr": 1}
+    if dbias is not None and row_parts > 1:
+        parts["dbias"], programs["dbias"] = (row_parts, N), -(-N // FINISH_NUMBERS)
+        arguments |= {"stride_dbias_part": N, "stride_dbias": 1}
+    finish = {
+        **strides,
+        **sizes,
+        "column_tiles": columns,
+        "row_parts": row_parts,
+        "programs_g": programs["G"],
+        "programs_db": programs["dB"],
+        "NUMBERS": FINISH_NUMBERS,
+    }
+    return _Fixed(tile, (columns, row_parts), arguments, sum(programs.values()), finish, parts)
+
+
 def plan(
     machine: Machine,
     G: Tensor | None,
@@ -165,78 +243,30 @@ def plan(
     R] for G where N is more than one tile, [row parts, N, R] and [row parts, N] for dB and dbias where the
     rows have parts: of choices.PART_ROWS at least, and no more of them than fill the machine.
     """
-    M, N = dY.shape
     B, T = None if G is None else B, None if dB is None else T
     rank = next((matrix.shape[1] for matrix in (B, T) if matrix is not None), 0)
     if rank == 0:
         G = dB = B = T = None
     if G is None and dB is None and dbias is None:
         return []
-    full = dY.dtype == torch.float32
-    tile, rows, parts = output_grads_tile(M, N, rank, full, machine)
-    columns = -(-N // tile.columns)
-    strides = _strides(G, dB, dbias)
-    own: dict[str, Any] = {"G": G, "dB": dB, "dbias": dbias, **strides}
-    own |= {"stride_g_tile": 0, "stride_db_part": 0, "stride_dbias_part": 0}
-    finish: dict[str, Any] = {"G": None, "dB": None, "dbias": None, **strides}
-    finish |= {"g_parts": None, "db_parts": None, "dbias_parts": None}
-
-    def scratch(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=dY.device)
-
-    if G is not None and columns > 1:
-        own |= {"G": scratch(M, columns, rank), "stride_g_tile": rank}
-        own |= {"stride_gm": columns * rank, "stride_gr": 1}
-        finish |= {"G": G, "g_parts": own["G"]}
-    if dB is not None and parts > 1:
-        own |= {
-            "dB": scratch(parts, N, rank),
-            "stride_db_part": N * rank,
-            "stride_dbn": rank,
-            "stride_dbr": 1,
+    fixed = _fixed(
+        machine, precision() if dY.dtype == torch.float32 else "ieee", layout(dY), layout(B), layout(T),
+        layout(G), layout(dB), layout(dbias), rank,
+    )  # fmt: skip
+    results = {"G": G, "dB": dB, "dbias": dbias}
+    parts = {
+        name: torch.empty(shape, dtype=torch.float32, device=dY.device) for name, shape in fixed.parts.items()
+    }
+    operands = {"dY": dY, "B": B, "T": T, "alpha": float(alpha)}
+    arguments = {**fixed.arguments, **results, **parts, **operands}
+    launches = [Launch(output_grads, fixed.grid, arguments, fixed.tile.warps, fixed.tile.stages)]
+    if parts:
+        finish = {
+            **fixed.finish,
+            **{name: results[name] if name in parts else None for name in results},
+            "g_parts": parts.get("G"),
+            "db_parts": parts.get("dB"),
+            "dbias_parts": parts.get("dbias"),
         }
-        finish |= {"dB": dB, "db_parts": own["dB"]}
-    if dbias is not None and parts > 1:
-        own |= {"dbias": scratch(parts, N), "stride_dbias_part": N, "stride_dbias": 1}
-        finish |= {"dbias": dbias, "dbias_parts": own["dbias"]}
-    sizes = {"M": M, "N": N, "rank": rank, "BLOCK_R": tile.rank}
-    own |= sizes | {
-        "dY": dY,
-        "B": B,
-        "T": T,
-        "steps_per_part": rows // tile.rows,
-        "stride_ym": dY.stride(0),
-        "stride_yn": dY.stride(1),
-        "stride_bn": 0 if B is None else B.stride(0),
-        "stride_br": 0 if B is None else B.stride(1),
-        "stride_tm": 0 if T is None else T.stride(0),
-        "stride_tr": 0 if T is None else T.stride(1),
-        "alpha": float(alpha),
-        "Y_RIGHT": tile.y_right,
-        "COMPUTE": TYPES[dY.dtype],
-        "PRECISION": precision() if full else "ieee",
-        "BLOCK_N": tile.columns,
-        "BLOCK_M": tile.rows,
-    }
-    launches = [Launch(output_grads, (columns, parts), own, tile.warps, tile.stages)]
-    lines = FINISH_NUMBERS // tile.rank
-    programs = (
-        0 if finish["G"] is None else -(-M // lines),
-        0 if finish["dB"] is None else -(-N // lines),
-        0 if finish["dbias"] is None else -(-N // FINISH_NUMBERS),
-    )
-    if any(programs):
-        finish |= sizes | {"column_tiles": columns, "row_parts": parts, "NUMBERS": FINISH_NUMBERS}
-        finish |= {"programs_g": programs[0], "programs_db": programs[1]}
-        launches.append(Launch(finish_output_grads, (sum(programs),), finish))
+        launches.append(Launch(finish_output_grads, (fixed.programs,), finish))
     return launches
-
-
-def _strides(G: Tensor | None, dB: Tensor | None, dbias: Tensor | None) -> dict[str, int]:
-    return {
-        "stride_gm": 0 if G is None else G.stride(0),
-        "stride_gr": 0 if G is None else G.stride(1),
-        "stride_dbn": 0 if dB is None else dB.stride(0),
-        "stride_dbr": 0 if dB is None else dB.stride(1),
-        "stride_dbias": 0 if dbias is None else dbias.stride(0),
-    }
