@@ -471,9 +471,10 @@ def double_quantize(absmax: Tensor) -> tuple[Tensor, DoubleQuant]:
 
     bitsandbytes' CUDA library takes the code nearest to v itself, without the 65536 bins, so its bytes can
     differ by one code where v is within 1.6e-5 of a midpoint and for tiny v. A group of zeros has s = 0 and
-    codes 0. The mean is torch's as one thread of the CPU computes it, at any thread count (bitsandbytes' depends
-    on the thread count in its last bit beyond 32768 blocks) and on any device: absmax is copied to the CPU for
-    it, and the rest rounds alike everywhere, so the bytes do not depend on the device. No blocks: offset 0.
+    codes 0. The mean is torch's as one thread of the CPU computes it, at any thread count (bitsandbytes'
+    depends on the thread count in its last bit beyond 32768 blocks) and on any device: absmax is copied to
+    the CPU for it. The rest rounds alike everywhere, so the bytes do not depend on the device. No blocks:
+    offset 0.
 
     Raises ValueError for an absmax that is not finite: through the mean, one NaN or Inf would spread to every
     weight.
