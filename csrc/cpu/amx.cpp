@@ -61,19 +61,21 @@ struct AmxKernel : Bf16Panels {
   static constexpr int kPanelRows = 32;
   static constexpr int kShortPanels = 1;
   static constexpr int kPanelColumns = 128;
+  static constexpr int kStrip = 128;
+  static constexpr bool kAcross = false;  // tiles take rows of A
   static constexpr int kMaxRows = 256;
-  static constexpr int kRowSplit = 32;
-  static constexpr int kRowSplitTransposed = 32;
-  static constexpr int kAlignPlain = kStepDepth;
-  static constexpr int kAlignTransposed = kStepDepth;
+  static constexpr int kRowSplitW = 32;
+  static constexpr int kRowSplitX = 32;
+  static constexpr int kAlignW = kStepDepth;
+  static constexpr int kAlignX = kStepDepth;
   static constexpr double kSerialWork = 1 << 19;
 
-  static bool reorders(const MatmulParams&) { return false; }
-  static void prefetch(const Weight4& w, int64_t start) { Bf16Panels::prefetch<kDepth>(w, start); }
+  static bool in_groups(const MatmulParams&) { return false; }
   static void decode_pairs(const Weight4& w, int64_t row0, int64_t n, int64_t depth, int64_t width,
                            int64_t o0, int64_t outputs, Bf16* panel) {
-    Bf16Panels::decode_pairs<kPanelColumns>(w, row0, n, depth, width, o0, outputs, panel);
+    Bf16Panels::decode_pairs<kStrip>(w, row0, n, depth, width, o0, outputs, panel);
   }
+  static void decode_columns(const Weight4&, int64_t, int64_t, int64_t, int64_t, int64_t, Bf16*) {}
 
   // C tile N of R x V: zero, loaded or stored, then the next one.
   template <int R, int V, int N = 0>
@@ -925,7 +927,7 @@ void matmul_bf16(const MatmulParams& p) {
   if (p.rows == 0 || p.outputs == 0) return;
   if (epilogue_alone(p)) return run_epilogue(p);
   if (dot_applies(p, 3)) return run_dot_bf16(p);
-  if (p.weight4.packed && p.inner > 0 && Bf16Panels::reorders(p)) {
+  if (p.weight4.packed && p.inner > 0 && Bf16Panels::in_groups(p)) {
     if (p.transposed) return Pipeline<true, false>(p).run();
     if (p.rows > 32) return Pipeline<false, false>(p).run();
     return Pipeline<false, true>(p).run();

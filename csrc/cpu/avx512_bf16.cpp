@@ -16,29 +16,34 @@ struct Bf16Kernel : Bf16Panels {
   static constexpr int kPanelRows = 144;
   static constexpr int kShortPanels = 3;  // a third as tall for few rows of x
   static constexpr int kPanelColumns = 128;
+  static constexpr int kStrip = 64;
+  static constexpr bool kAcross = true;
   static constexpr int kMaxRows = 384;
-  static constexpr int kRowSplit = 48;
-  static constexpr int kRowSplitTransposed = 12;
-  static constexpr int kAlignPlain = 2;
-  static constexpr int kAlignTransposed = 2;
+  static constexpr int kRowSplitW = 48;
+  static constexpr int kRowSplitX = 12;
+  static constexpr int kAlignW = 2;
+  static constexpr int kAlignX = 2;
   static constexpr double kSerialWork = 1 << 18;
 
   static void decode_pairs(const Weight4& w, int64_t row0, int64_t n, int64_t depth, int64_t width,
                            int64_t o0, int64_t outputs, Bf16* panel) {
-    Bf16Panels::decode_pairs<kPanelColumns>(w, row0, n, depth, width, o0, outputs, panel);
+    Bf16Panels::decode_pairs<kStrip>(w, row0, n, depth, width, o0, outputs, panel);
   }
 
-  static void prefetch(const Weight4& w, int64_t start) { Bf16Panels::prefetch<kDepth>(w, start); }
+  static void decode_columns(const Weight4& w, int64_t o0, int64_t outputs, int64_t width, int64_t c,
+                             int64_t depth, Bf16* panel) {
+    Bf16Panels::decode_columns<kStrip>(w, o0, outputs, width, c, depth, panel);
+  }
 
   template <int R, int V>
-  static void tile(int64_t pairs, const Bf16* a, int64_t a_stride, const Bf16* b, int64_t b_stride, float* c,
-                   int64_t c_stride, bool empty) {
+  static void tile(int64_t pairs, const Bf16* a, int64_t a_stride, int64_t a_step, const Bf16* b,
+                   int64_t b_stride, float* c, int64_t c_stride, bool empty) {
     __m512 sum[R][V];
 #pragma GCC unroll 24
     for (int r = 0; r < R; ++r)
       for (int v = 0; v < V; ++v)
         sum[r][v] = empty ? _mm512_setzero_ps() : _mm512_loadu_ps(c + r * c_stride + v * kLanes);
-    for (int64_t q = 0; q < pairs; ++q, a += 2, b += b_stride) {
+    for (int64_t q = 0; q < pairs; ++q, a += a_step, b += b_stride) {
       __m512i column[V];
       for (int v = 0; v < V; ++v) column[v] = _mm512_loadu_si512(b + 2 * v * kLanes);
 #pragma GCC unroll 24
@@ -57,7 +62,12 @@ struct Bf16Kernel : Bf16Panels {
 
   static void multiply(int64_t rows, int64_t vectors, int64_t pairs, const Bf16* a, int64_t a_stride,
                        const Bf16* b, int64_t b_stride, float* c, int64_t c_stride, bool empty) {
-    multiply_tiles<Bf16Kernel>(rows, vectors, pairs, a, a_stride, b, b_stride, c, c_stride, empty);
+    multiply_tiles<Bf16Kernel>(rows, vectors, pairs, a, a_stride, kPair, b, b_stride, c, c_stride, empty);
+  }
+  // A as pairs of columns, a_step from one pair to the next.
+  static void multiply_across(int64_t rows, int64_t vectors, int64_t pairs, const Bf16* a, int64_t a_step,
+                              const Bf16* b, int64_t b_stride, float* c, int64_t c_stride, bool empty) {
+    multiply_tiles<Bf16Kernel>(rows, vectors, pairs, a, kPair, a_step, b, b_stride, c, c_stride, empty);
   }
 };
 

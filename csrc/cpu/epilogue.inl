@@ -90,6 +90,20 @@ class Epilogue {
     }
   }
 
+  // out[m + r, o … o + n) from sums[r * stride … + n), r < rows.
+  void write_rows(int64_t m, int64_t rows, int64_t o, int64_t n, const float* sums, int64_t stride) const {
+    const auto plain = [&](auto* out) {
+      const float* b = bias ? bias + (o - first) : nullptr;
+      out += m * p.out.stride0 + o;
+      for (int64_t r = 0; r < rows; ++r, out += p.out.stride0, sums += stride)
+        finish<true>(out, n, sums, b, Nothing());
+    };
+    const bool simple = p.out.stride1 == 1 && !p.spread.values.data;
+    if (simple && p.out.dtype == DType::f32) return plain(static_cast<float*>(p.out.data));
+    if (simple && p.out.dtype == DType::bf16) return plain(static_cast<Bf16*>(p.out.data));
+    for (int64_t r = 0; r < rows; ++r) write(m + r, o, n, sums + r * stride);
+  }
+
  private:
   static constexpr int64_t kBuffer = 256;
   static constexpr int64_t kLong = 64;  // a run that is worth a pass of its own

@@ -4,18 +4,20 @@
 //     C[i, j] += sum_p A[i, p] B[p, j]        A: rows, each with its contraction contiguous
 //                                             B: kPair-interleaved rows, [p / kPair][j][kPair]
 // and the weight stands on one side or the other:
-//     4-bit, plain   A = rows o of W,  B = x packed once per call,  C = outᵀ      W stays row-major; so does a dense W
-//                                                                                 for few rows of x
-//     else           A = rows m of x,  B = W's columns c in pairs,  C = out       x is read where it lies, if it can be
+//     A = rows m of x,  B = w(o, c), lanes are outputs,  C = out    x is read where it lies, if it can be
+//     A = rows o of W,  B = x packed once per call,      C = outᵀ   few rows of x against a dense W, and a plain 4-bit W
+//                                                                   that K cannot bring across (K::in_groups)
 // The addend is a last chunk of the contraction (x continues with t, W with u), so it costs rank / inner and
 // no pass over out. W is decoded one panel at a time into a buffer that fits the L2 cache and serves every
-// row of x; nothing of it outlives the call.
+// row of x; nothing of it outlives the call. A panel lies in strips: one of them and a few rows of x fit L1. Of the
+// last chunk, rows are written out a few at a time, while their sums are in L1 and other rows are multiplied.
+// With x where it lies a call is one parallel region: no task waits for another.
 //
 // A contraction is never split between threads and its order is a function of the shape alone: the same bits
 // whatever the number of threads. Rows of x meet only as lanes, never in a sum.
 //
 //   floor      2 * rows * inner * outputs flops at the peak of the multiply, or inner * outputs / 2 bytes of memory
-//   overhead   decode: 17 cycles per 128 weights, once per block of kMaxRows rows of x (2 * rows cycles of multiply)
+//   overhead   decode: about 20 cycles per 128 weights, once per task's rows of x (2 * rows cycles of multiply)
 #pragma once
 
 #include <cstddef>
@@ -37,6 +39,8 @@ struct Segment {
   int64_t padded;
   int64_t depth;  // of a chunk: at most K::kDepth, as even as may be
   bool in_place;  // A is x itself, not a packed copy
+  bool across;    // each task makes A for itself of x's columns, which are contiguous,
+  bool copied;    // … or copies x's rows
 };
 
 template <class K>
@@ -45,6 +49,9 @@ class Matmul {
   static constexpr int kPair = K::kPair;
   static constexpr int kLanes = K::kLanes;
   static constexpr int kDepth = K::kDepth;  // contraction per chunk
+  // Columns of a panel that lie together: a strip stays in L1 while rows of x pass.
+  static constexpr int64_t kStrip = K::kStrip;
+  static_assert(K::kPanelColumns % kStrip == 0 && (kPair > 1 || kStrip == K::kPanelColumns), "whole strips");
   static constexpr int kRowStride =
       kDepth + 64 / static_cast<int>(sizeof(Elem));  // A's rows: no two on one cache set
 
@@ -52,28 +59,35 @@ class Matmul {
   explicit Matmul(const MatmulParams& params)
       : p(params), table(code_registers(code_table(p.weight4.quant_type))) {
     const bool four_bit = p.weight4.packed != nullptr;
-    const bool reordered = four_bit && K::reorders(p);
-    x_rows = p.transposed || (!four_bit && p.rows > kFewRows);
-    const int64_t align = x_rows ? K::kAlignTransposed : (reordered ? K::kGroup : K::kAlignPlain);
+    const bool in_groups = four_bit && K::in_groups(p);
+    x_rows = p.transposed || (four_bit ? in_groups : p.rows > kFewRows);
+    const bool reordered = in_groups && p.transposed;
+    const int64_t align = x_rows ? K::kAlignX : K::kAlignW;
     const Matrix dense = p.transposed ? transposed(p.dense) : p.dense;
     segments[0] = segment(p.x, dense, four_bit, reordered, p.inner, align);
-    const int64_t align_u = x_rows ? K::kAlignTransposed : K::kAlignPlain;
-    segments[1] = segment(p.t, p.u, false, false, p.rank, align_u);
+    segments[1] = segment(p.t, p.u, false, false, p.rank, align);
     in_place = true;
     for (Segment& s : segments) {
-      s.in_place = x_rows && !four_bit && readable(s);
-      in_place &= s.in_place;
+      s.in_place = x_rows && readable(s);
+      const bool apart = x_rows && !s.in_place && own_dtype(s.x);  // of the other tasks
+      s.across = K::kAcross && apart && p.rows > kFewRows && s.x.stride0 == 1;
+      s.copied = apart && !s.across && s.x.stride1 == 1 && p.outputs <= K::kPanelColumns;
+      in_place &= s.in_place || s.across || s.copied;
     }
-    row_split = x_rows ? K::kRowSplitTransposed : K::kRowSplit;
+    row_split = x_rows ? K::kRowSplitX : K::kRowSplitW;
     // As even as the tiles allow: 512 rows are 288 + 224, not 384 + 128.
     const int64_t blocks = ceil_div(p.rows, K::kMaxRows);
-    block_rows = blocks == 1 ? p.rows : round_up(ceil_div(p.rows, blocks), K::kRowSplit);
+    block_rows = blocks == 1 ? p.rows : round_up(ceil_div(p.rows, blocks), row_split);
     block_pad = x_rows ? block_rows : round_up(block_rows, kLanes);
     // An odd number of vectors from row to row: at a power of two the rows of a tile would meet on few cache sets.
     if (!x_rows && block_pad > 4 * kLanes && block_pad / kLanes % 2 == 0) block_pad += kLanes;
     // Once x outgrows the L2 cache it streams from L3, once a panel: a panel is then as tall as that cache allows.
     panel_outputs =
         x_rows ? K::kPanelColumns : (block_rows > 64 ? K::kPanelRows : K::kPanelRows / K::kShortPanels);
+    // Narrower, when there would be few of them to share out; but each packs x anew if that is left to it.
+    if (x_rows && !segments[0].across && !segments[0].copied &&
+        ceil_div(p.outputs, panel_outputs) * blocks < kTasks * p.threads)
+      panel_outputs = kStrip;
   }
 
   void run() {
@@ -84,7 +98,9 @@ class Matmul {
     // Few outputs: the rows of x are what there is to share out, but each share reads all of W.
     const int64_t row_groups = ceil_div(block_rows, row_split);
     const int64_t most = four_bit() ? row_groups : max_of<int64_t>(1, block_rows / kRowsToReadW);
-    const int64_t row_splits = panels >= 4 * threads ? 1 : min_of<int64_t>(min_of(row_groups, most), threads);
+    const int64_t blocks = in_place ? ceil_div(p.rows, block_rows) : 1;  // that are in hand at the same time
+    const int64_t row_splits =
+        blocks * panels >= 4 * threads ? 1 : min_of<int64_t>(min_of(row_groups, most), threads);
 
     const int64_t x_elems = in_place ? 0
                             : x_rows ? chunks() * block_rows * kRowStride
@@ -94,9 +110,9 @@ class Matmul {
         static_cast<size_t>(x_rows ? kDepth * K::kPanelColumns : panel_outputs * kRowStride) * sizeof(Elem));
     const int64_t c_floats = x_rows ? block_rows * K::kPanelColumns : panel_outputs * block_pad;
     const size_t c_bytes = align64(static_cast<size_t>(c_floats) * sizeof(float));
-    const int64_t scale_floats = scales_per_row() * (x_rows ? 0 : panel_outputs);
-    const size_t scale_bytes = align64(static_cast<size_t>(scale_floats) * sizeof(float));
-    const size_t per_thread = panel_bytes + c_bytes + scale_bytes;
+    const bool pieces = segments[0].across || segments[0].copied || segments[1].across || segments[1].copied;
+    const size_t piece_bytes = align64(pieces ? static_cast<size_t>(kPiece * kRowStride) * sizeof(Elem) : 0);
+    const size_t per_thread = panel_bytes + c_bytes + piece_bytes;
     char* memory = static_cast<char*>(scratch(x_bytes + per_thread * static_cast<size_t>(threads)));
     x_packed = reinterpret_cast<Elem*>(memory);
     char* first = memory + x_bytes;
@@ -106,7 +122,7 @@ class Matmul {
       const int64_t rows = min_of(block_rows, p.rows - m0);
       char* mine = first + per_thread * static_cast<size_t>(thread);
       Workspace w = {reinterpret_cast<Elem*>(mine), reinterpret_cast<float*>(mine + panel_bytes),
-                     reinterpret_cast<float*>(mine + panel_bytes + c_bytes)};
+                     reinterpret_cast<Elem*>(mine + panel_bytes + c_bytes)};
       const int64_t split = task % row_splits;
       const int64_t groups = ceil_div(rows, row_split);
       const int64_t begin = groups * split / row_splits * row_split;
@@ -118,7 +134,7 @@ class Matmul {
     };
     const int64_t tasks = panels * row_splits;
     if (in_place) {
-      parallel_tasks(threads, ceil_div(p.rows, block_rows) * tasks, [&](int thread, int64_t task) {
+      parallel_tasks(threads, blocks * tasks, [&](int thread, int64_t task) {
         run_task(thread, task / tasks * block_rows, task % tasks);
       });
       return;
@@ -138,7 +154,7 @@ class Matmul {
   struct Workspace {
     Elem* panel;
     float* c;
-    float* scales;
+    Elem* piece;
   };
 
   static Segment segment(const Matrix& x, const Matrix& dense, bool four_bit, bool reordered, int64_t length,
@@ -152,6 +168,8 @@ class Matmul {
             length,
             padded,
             min_of<int64_t>(kDepth, round_up(ceil_div(padded, count), 64)),
+            false,
+            false,
             false};
   }
   bool four_bit() const { return p.weight4.packed != nullptr; }
@@ -168,10 +186,6 @@ class Matmul {
   static size_t align64(size_t bytes) { return (bytes + 63) & ~static_cast<size_t>(63); }
   static int64_t chunks(const Segment& s) { return s.padded ? ceil_div(s.padded, s.depth) : 0; }
   int64_t chunks() const { return chunks(segments[0]) + chunks(segments[1]); }
-  // Blocks that a row of W touches, when absmax must be decoded first.
-  int64_t scales_per_row() const {
-    return p.weight4.packed && p.weight4.absmax.codes ? (p.inner >> p.weight4.log2_blocksize) + 2 : 0;
-  }
 
   // B operand: rows m of x become lanes. x_packed[q][m][kPair], q over both segments; missing rows are zero.
   void pack_columns(int64_t m0, int64_t rows, int64_t group) {
@@ -189,7 +203,6 @@ class Matmul {
           const int64_t valid = group + r < rows ? n : 0;
           if (valid) read_row(s.x, m0 + group + r, c, valid, rows_in[r]);
           std::memset(rows_in[r] + valid, 0, static_cast<size_t>(kBlock - valid) * sizeof(Elem));
-          if (s.reordered) K::reorder(rows_in[r]);
         }
         for (int word = 0; word < kWords; word += Vec::kWidth)
           for (int r = 0; r < kLanes; r += Vec::kWidth)
@@ -205,7 +218,7 @@ class Matmul {
   void pack_rows(int64_t m0, int64_t begin, int64_t end) {
     Elem* chunk = x_packed;
     for (const Segment& s : segments) {
-      if (s.in_place) continue;
+      if (s.in_place || s.across || s.copied) continue;
       for (int64_t c = 0; c < s.padded; c += s.depth, chunk += block_rows * kRowStride) {
         const int64_t depth = min_of(s.depth, s.padded - c);
         const int64_t n = max_of<int64_t>(0, min_of(depth, s.length - c));
@@ -265,17 +278,7 @@ class Matmul {
 
   void panel_of_w(Workspace& w, int64_t m0, int64_t begin, int64_t end, int64_t o0, int64_t outputs) {
     const int64_t vectors = ceil_div(end - begin, kLanes);
-    const float* scales[K::kPanelRows];
-    if (p.weight4.packed) {
-      prefetch_absmax(p.weight4, (o0 + panel_outputs) * p.inner, panel_outputs * p.inner);
-      const int64_t per_row = scales_per_row();
-      for (int64_t o = 0; o < outputs; ++o) {
-        const int64_t flat = (o0 + o) * p.inner;
-        const int64_t block = flat >> p.weight4.log2_blocksize;
-        const int64_t last = (flat + p.inner - 1) >> p.weight4.log2_blocksize;
-        scales[o] = absmax_range(p.weight4.absmax, block, last - block + 1, w.scales + o * per_row);
-      }
-    }
+    if (p.weight4.packed) prefetch_absmax(p.weight4, (o0 + panel_outputs) * p.inner, panel_outputs * p.inner);
     bool empty = true;
     const Elem* b = x_packed + begin * kPair;
     for (const Segment& s : segments) {
@@ -284,14 +287,7 @@ class Matmul {
         const int64_t n = max_of<int64_t>(0, min_of(depth, s.length - c));
         for (int64_t o = 0; o < outputs; ++o) {
           Elem* row = w.panel + o * kRowStride;
-          if (K::kGroup > 1 && s.reordered) {
-            const int64_t start = (o0 + o) * p.inner + c;
-            // the same row's next chunk, or the next panel's first: rows are too far apart for the hardware
-            // to guess
-            K::prefetch(p.weight4,
-                        c + depth < s.padded ? start + depth : start - c + panel_outputs * p.inner);
-            K::decode_reordered(p.weight4, start, scales[o], start - c, n, row);
-          } else if (s.four_bit) {
+          if (s.four_bit) {
             decode_range(p.weight4, table, (o0 + o) * p.inner + c, n, row);
           } else {
             read_row(s.dense, o0 + o, c, n, row);
@@ -319,8 +315,6 @@ class Matmul {
 
   void panel_of_x(Workspace& w, int64_t m0, int64_t begin, int64_t end, int64_t o0, int64_t outputs) {
     constexpr int64_t kColumns = K::kPanelColumns;
-    const int64_t vectors = ceil_div(outputs, kLanes);
-    constexpr int64_t kPiece = 4 * K::kRowSplitTransposed;
     Epilogue epilogue(p);
     Epilogue::Columns<kColumns> columns;
     epilogue.begin(o0, outputs, columns);
@@ -331,94 +325,166 @@ class Matmul {
       for (int64_t c = 0; c < s.padded; c += s.depth) {
         const int64_t depth = min_of(s.depth, s.padded - c);
         const int64_t n = max_of<int64_t>(0, min_of(depth, s.length - c));
-        if (s.reordered) {
-          K::decode_pairs(p.weight4, c, n, depth, p.outputs, o0, outputs, w.panel);
-        } else if (!s.four_bit && s.dense.stride1 == 1 && !segments[0].reordered) {
-          pack_pairs(s.dense, o0, outputs, c, n, depth, w.panel);
-        } else {
-          for (int64_t q = 0; q < depth; q += kPair) {
-            alignas(64) Elem rows_in[kPair][kColumns];
-            Elem* rows[kPair];
-            for (int i = 0; i < kPair; ++i) {
-              rows[i] = kPair == 1 ? w.panel + q * kColumns : rows_in[i];
-              const int64_t filled = q + i < n ? outputs : 0;
-              if (!filled) {
-              } else if (s.four_bit) {
-                decode_range(p.weight4, table, (c + q + i) * p.outputs + o0, outputs, rows[i]);
-              } else {
-                read_row(transposed(s.dense), c + q + i, o0, outputs, rows[i]);
+        fill_panel(s, o0, outputs, c, n, depth, w.panel);
+        const bool whole = s.in_place || s.copied;  // rows of x
+        const Elem* a = whole ? static_cast<const Elem*>(s.x.data) + (m0 + begin) * s.x.stride0 + c : packed;
+        const int64_t a_stride = whole ? s.x.stride0 : kRowStride;
+        if (!whole && !s.across) packed += block_rows * kRowStride;
+        const bool last = !--left;
+        for (int64_t m = begin; m < end; m += kPiece, a += kPiece * a_stride) {
+          const int64_t rows = min_of(kPiece, end - m);
+          for (int64_t r = rows; whole && r < rows + min_of(kPiece, end - m - rows); ++r)
+            prefetch_elems(a, r * a_stride, depth);
+          if (s.across) pack_across(s.x, m0 + m, rows, c, n, depth, w.piece);
+          if (s.copied) copy_rows(a, a_stride, rows, n, depth, w.piece);
+          const Elem* from = s.copied ? w.piece : a;
+          const int64_t stride = s.copied ? kRowStride : a_stride;
+          if (last) epilogue.prefetch(m0 + m, rows, o0, outputs);
+          // With one chunk what is written out is all that becomes of C: it stays in L1.
+          float* sums = w.c + (last && empty ? 0 : m * kColumns);
+          for (int64_t j = 0; j < outputs; j += kStrip) {
+            const int64_t vectors = ceil_div(min_of(kStrip, outputs - j), kLanes);
+            const Elem* b = w.panel + j * depth;
+            if constexpr (K::kAcross) {
+              if (s.across) {
+                K::multiply_across(rows, vectors, depth / kPair, w.piece, kPiece * kPair, b, kStrip * kPair,
+                                   sums + j, kColumns, empty);
+                continue;
               }
-              std::memset(rows[i] + filled, 0, static_cast<size_t>(vectors * kLanes - filled) * sizeof(Elem));
-              // C's columns are in W's order: the addend's follow it
-              if (segments[0].reordered)
-                for (int64_t o = 0; o < outputs; o += K::kGroup) K::reorder(rows[i] + o);
             }
-            if constexpr (kPair > 1) K::interleave(rows[0], rows[1], vectors, w.panel + q * kColumns);
-          }
-        }
-        const Elem* a = packed;
-        int64_t a_stride = kRowStride;
-        if (s.in_place) {
-          a = static_cast<const Elem*>(s.x.data) + (m0 + begin) * s.x.stride0 + c;
-          a_stride = s.x.stride0;
-        } else {
-          packed += block_rows * kRowStride;
-        }
-        float* to = w.c + begin * kColumns;
-        if (--left) {
-          K::multiply(end - begin, vectors, depth / kPair, a, a_stride, w.panel, kColumns * kPair, to,
-                      kColumns, empty);
-        } else {  // rows are written out while their sums are in L1
-          for (int64_t m = begin; m < end; m += kPiece) {
-            const int64_t rows = min_of(kPiece, end - m);
-            epilogue.prefetch(m0 + m, rows, o0, outputs);
-            for (int64_t r = rows; s.in_place && r < rows + min_of(kPiece, end - m - rows); ++r)
-              prefetch_bytes(a, r * a_stride * static_cast<int64_t>(sizeof(Elem)),
-                             depth * static_cast<int64_t>(sizeof(Elem)));
-            K::multiply(rows, vectors, depth / kPair, a, a_stride, w.panel, kColumns * kPair, to, kColumns,
+            K::multiply(rows, vectors, depth / kPair, from, stride, b, kStrip * kPair, sums + j, kColumns,
                         empty);
-            write_rows(epilogue, m0 + m, rows, o0, outputs, to);
-            a += rows * a_stride;
-            to += rows * kColumns;
           }
+          if (last) write_rows(epilogue, m0 + m, rows, o0, outputs, sums);
         }
         empty = false;
       }
     }
   }
 
-  void write_rows(const Epilogue& epilogue, int64_t m, int64_t rows, int64_t o0, int64_t outputs,
-                  const float* c) const {
-    alignas(64) float out[K::kPanelColumns];
-    for (int64_t r = 0; r < rows; ++r, c += K::kPanelColumns) {
-      if (segments[0].reordered) {
-        for (int64_t o = 0; o < outputs; o += K::kGroup) K::restore(c + o, out + o);
-        epilogue.write(m + r, o0, outputs, out);
-      } else {
-        epilogue.write(m + r, o0, outputs, c);
+  // A from x whose columns are contiguous: out[q][r][kPair] = x[m + r, c + kPair q …], r < kPiece, zero from n on.
+  static void pack_across(const Matrix& x, int64_t m, int64_t rows, int64_t c, int64_t n, int64_t depth,
+                          Elem* out) {
+    if constexpr (K::kAcross) {
+      static constexpr Elem kZeros[kPiece] = {};
+      for (int64_t q = 0; q < depth; q += kPair, out += kPiece * kPair) {
+        const Elem* columns[kPair];
+        for (int i = 0; i < kPair; ++i) {
+          columns[i] = q + i < n ? static_cast<const Elem*>(x.data) + m + (c + q + i) * x.stride1 : kZeros;
+          if (q + i < n) prefetch_elems(columns[i], depth * x.stride1, rows);  // the next chunk's
+        }
+        K::interleave_n(columns[0], columns[1], rows, out);
       }
     }
   }
 
-  // B from a matrix whose contraction is contiguous: panel[q][j][kPair] = dense[o0 + j, c + kPair q …], transposed word
-  // by word; zero beyond n and beyond `outputs`.
+  // A from rows of x: out[r][kRowStride], zero from n on.
+  static void copy_rows(const Elem* x, int64_t stride, int64_t rows, int64_t n, int64_t depth, Elem* out) {
+    for (int64_t r = 0; r < rows; ++r, x += stride, out += kRowStride) {
+      std::memcpy(out, x, static_cast<size_t>(n) * sizeof(Elem));
+      std::memset(out + n, 0, static_cast<size_t>(depth - n) * sizeof(Elem));
+    }
+  }
+
+  static void prefetch_elems(const Elem* from, int64_t at, int64_t n) {
+    constexpr int64_t kSize = sizeof(Elem);
+    prefetch_bytes(from, at * kSize, n * kSize);
+  }
+
+  // The panel of a chunk in strips: [j / kStrip][q][j % kStrip][kPair], zero from n on.
+  void fill_panel(const Segment& s, int64_t o0, int64_t outputs, int64_t c, int64_t n, int64_t depth,
+                  Elem* panel) const {
+    if (s.reordered) return K::decode_pairs(p.weight4, c, n, depth, p.outputs, o0, outputs, panel);
+    if (s.four_bit && !p.transposed)
+      return K::decode_columns(p.weight4, o0, outputs, p.inner, c, depth, panel);
+    const bool in_order = !segments[0].reordered;
+    if (!s.four_bit && s.dense.stride1 == 1 && in_order)
+      return pack_pairs(s.dense, o0, outputs, c, n, depth, panel);
+    if constexpr (kPair > 1) {
+      if (!s.four_bit && own_dtype(s.dense) && s.dense.stride0 == 1 && in_order)
+        return pack_rows_of_pairs(s.dense, o0, outputs, c, n, depth, panel);
+    }
+    const int64_t padded = round_up(outputs, kLanes);
+    alignas(64) Elem rows_in[kPair][K::kPanelColumns];
+    for (int64_t q = 0; q < depth; q += kPair) {
+      for (int i = 0; i < kPair; ++i) {
+        Elem* row = kPair == 1 ? panel + q * kStrip : rows_in[i];
+        const int64_t filled = q + i < n ? outputs : 0;
+        if (!filled) {
+        } else if (s.four_bit) {
+          decode_range(p.weight4, table, (c + q + i) * p.outputs + o0, outputs, row);
+        } else {
+          read_row(transposed(s.dense), c + q + i, o0, outputs, row);
+        }
+        std::memset(row + filled, 0, static_cast<size_t>(padded - filled) * sizeof(Elem));
+        // C's columns are in W's order: the addend's follow it
+        if (!in_order)
+          for (int64_t o = 0; o < outputs; o += K::kGroup) K::reorder(row + o);
+      }
+      if constexpr (kPair > 1) {
+        for (int64_t j = 0; j < padded; j += kStrip)
+          K::interleave(rows_in[0] + j, rows_in[1] + j, min_of(kStrip, padded - j) / kLanes,
+                        panel + j * depth + q * kStrip);
+      }
+    }
+  }
+
+  // B from a matrix whose outputs are contiguous; zero beyond n and beyond `outputs`.
+  static void pack_rows_of_pairs(const Matrix& dense, int64_t o0, int64_t outputs, int64_t c, int64_t n,
+                                 int64_t depth, Elem* panel) {
+    static constexpr Elem kZeros[K::kPanelColumns] = {};
+    for (int64_t q = 0; q < depth; q += kPair, panel += kStrip * kPair) {
+      const Elem* rows[kPair];
+      for (int i = 0; i < kPair; ++i) {
+        rows[i] =
+            q + i < n ? static_cast<const Elem*>(dense.data) + o0 + (c + q + i) * dense.stride1 : kZeros;
+        if (q + i < n) prefetch_elems(rows[i], depth * dense.stride1, outputs);  // the next chunk's
+      }
+      for (int64_t j = 0; j < outputs; j += kStrip)
+        K::interleave_n(rows[0] + j, rows[1] + j, min_of(kStrip, outputs - j), panel + j * depth);
+    }
+  }
+
+  void write_rows(const Epilogue& epilogue, int64_t m, int64_t rows, int64_t o, int64_t outputs,
+                  const float* c) const {
+    if (!segments[0].reordered) return epilogue.write_rows(m, rows, o, outputs, c, K::kPanelColumns);
+    alignas(64) float out[K::kPanelColumns];
+    for (int64_t r = 0; r < rows; ++r, c += K::kPanelColumns) {
+      for (int64_t i = 0; i < outputs; i += K::kGroup) K::restore(c + i, out + i);
+      epilogue.write_rows(m + r, 1, o, outputs, out, 0);
+    }
+  }
+
+  // B from a matrix whose contraction is contiguous: panel[j / kStrip][q][j % kStrip][kPair] = dense[o0 + j, c + kPair q …],
+  // transposed word by word; zero beyond n and beyond `outputs`. What a short chunk leaves beyond its strip, the next
+  // strip overwrites.
   void pack_pairs(const Matrix& dense, int64_t o0, int64_t outputs, int64_t c, int64_t n, int64_t depth,
                   Elem* panel) const {
     constexpr int kStep = Vec::kWidth * kPair;
     alignas(64) Elem rows_in[Vec::kWidth][kStep];
+    const Elem* first = static_cast<const Elem*>(dense.data) + o0 * dense.stride0 + c;
+    const bool words =
+        own_dtype(dense) && dense.stride0 % kPair == 0 && reinterpret_cast<uintptr_t>(first) % 4 == 0;
     for (int64_t j = 0; j < round_up(outputs, kLanes); j += Vec::kWidth) {
-      for (int64_t i = 0; i < depth; i += kStep) {
+      float* out = reinterpret_cast<float*>(panel + j / kStrip * kStrip * depth) + j % kStrip;
+      for (int64_t i = 0; i < depth; i += kStep, out += Vec::kWidth * kStrip) {
+        if (words && j + Vec::kWidth <= outputs && i + kStep <= n) {
+          transpose(reinterpret_cast<const float*>(first + j * dense.stride0 + i), dense.stride0 / kPair, out,
+                    kStrip);
+          continue;
+        }
         for (int r = 0; r < Vec::kWidth; ++r) {
           const int64_t valid = j + r < outputs ? max_of<int64_t>(0, min_of<int64_t>(kStep, n - i)) : 0;
           if (valid) read_row(dense, o0 + j + r, c + i, valid, rows_in[r]);
           std::memset(rows_in[r] + valid, 0, static_cast<size_t>(kStep - valid) * sizeof(Elem));
         }
-        transpose(reinterpret_cast<const float*>(rows_in), Vec::kWidth,
-                  reinterpret_cast<float*>(panel) + i / kPair * K::kPanelColumns + j, K::kPanelColumns);
+        transpose(reinterpret_cast<const float*>(rows_in), Vec::kWidth, out, kStrip);
       }
     }
   }
 
+  static constexpr int64_t kPiece = 4 * K::kRowSplitX;  // rows of x that meet a panel at a time
+  static constexpr int64_t kTasks = 12;                 // for each thread
   static constexpr int64_t kFewRows =
       32;  // for these it is dearer to bring a plain W into pairs than to pack x
   static constexpr int64_t kRowsToReadW = 64;  // of x: fewer cost less than bringing W into pairs once more
@@ -427,7 +493,7 @@ class Matmul {
   const CodeTable table;
   Segment segments[2];
   bool x_rows;        // A is rows of x, not of W
-  bool in_place;      // nothing of x is packed
+  bool in_place;      // nothing of x is packed beforehand
   int64_t row_split;  // rows of x that one task has at least
   int64_t block_rows, block_pad;
   int64_t panel_outputs;
@@ -435,34 +501,37 @@ class Matmul {
 };
 
 // The register tiles of a kernel type with vector arithmetic: K::tile<R, V> holds R * V <= K::kAccumulators
-// vectors.
+// vectors. A's rows are a_stride apart, its steps of the contraction a_step.
 template <class K, int V, int R>
 inline void tile_rows(int64_t rows, int64_t pairs, const typename K::Elem* a, int64_t a_stride,
-                      const typename K::Elem* b, int64_t b_stride, float* c, int64_t c_stride, bool empty) {
+                      int64_t a_step, const typename K::Elem* b, int64_t b_stride, float* c, int64_t c_stride,
+                      bool empty) {
   while (rows >= R) {
-    K::template tile<R, V>(pairs, a, a_stride, b, b_stride, c, c_stride, empty);
+    K::template tile<R, V>(pairs, a, a_stride, a_step, b, b_stride, c, c_stride, empty);
     a += R * a_stride;
     c += R * c_stride;
     rows -= R;
   }
   if constexpr (R > 1) {
-    if (rows) tile_rows<K, V, R == 3 ? 2 : R / 2>(rows, pairs, a, a_stride, b, b_stride, c, c_stride, empty);
+    if (rows)
+      tile_rows<K, V, R == 3 ? 2 : R / 2>(rows, pairs, a, a_stride, a_step, b, b_stride, c, c_stride, empty);
   }
 }
 
 // Vectors are dealt out evenly: 5 of at most 4 are 3 + 2, not 4 + 1.
 template <class K>
 inline void multiply_tiles(int64_t rows, int64_t vectors, int64_t pairs, const typename K::Elem* a,
-                           int64_t a_stride, const typename K::Elem* b, int64_t b_stride, float* c,
-                           int64_t c_stride, bool empty) {
+                           int64_t a_stride, int64_t a_step, const typename K::Elem* b, int64_t b_stride,
+                           float* c, int64_t c_stride, bool empty) {
   constexpr int kMost = K::kAccumulators;  // 24 or 12: 24 = 24x1 = 12x2 = 8x3 = 6x4
   for (int64_t groups = ceil_div(vectors, K::kMaxVectors); groups; --groups) {
     const int64_t n = ceil_div(vectors, groups);
-    if (n == 1) tile_rows<K, 1, kMost>(rows, pairs, a, a_stride, b, b_stride, c, c_stride, empty);
-    if (n == 2) tile_rows<K, 2, kMost / 2>(rows, pairs, a, a_stride, b, b_stride, c, c_stride, empty);
-    if (n == 3) tile_rows<K, 3, kMost / 3>(rows, pairs, a, a_stride, b, b_stride, c, c_stride, empty);
+    if (n == 1) tile_rows<K, 1, kMost>(rows, pairs, a, a_stride, a_step, b, b_stride, c, c_stride, empty);
+    if (n == 2) tile_rows<K, 2, kMost / 2>(rows, pairs, a, a_stride, a_step, b, b_stride, c, c_stride, empty);
+    if (n == 3) tile_rows<K, 3, kMost / 3>(rows, pairs, a, a_stride, a_step, b, b_stride, c, c_stride, empty);
     if constexpr (K::kMaxVectors >= 4)
-      if (n == 4) tile_rows<K, 4, kMost / 4>(rows, pairs, a, a_stride, b, b_stride, c, c_stride, empty);
+      if (n == 4)
+        tile_rows<K, 4, kMost / 4>(rows, pairs, a, a_stride, a_step, b, b_stride, c, c_stride, empty);
     b += n * K::kLanes * K::kPair;
     c += n * K::kLanes;
     vectors -= n;

@@ -3,11 +3,10 @@
 //
 // Decoding 128 weights (64 bytes) costs 3 shifts, 4 ternary ands, 4 VPERMW and one 32-entry table. A 16-bit
 // word holds four nibbles; shifting it right by 4, 0, 12, 8 brings weight 0, 1, 2, 3 of the word to the
-// bottom, where VPERMW looks them up. No shuffle puts them back in order: a group of 64 weights (16 words) is
-// kept as
-//     panel[16 j + i] = weight 4 i + j          j < 4, i < 16
-// and x is packed in the same order once per call (plain), or the result is put in order at the end
-// (transposed). The table holds bf16(code * absmax) for two blocks of 16 codes: the values that dequantize
+// bottom, where VPERMW looks them up. No shuffle puts them back in order: of a group of 64 weights (16 words),
+//     value[16 j + i] = weight 4 i + j          j < 4, i < 16
+// and x is brought into the same order (few rows), or the result is put in order at the end (transposed). The
+// plain product's panels need pairs of one row in neighbouring lanes and go another way, see decode_columns. The table holds bf16(code * absmax) for two blocks of 16 codes: the values that dequantize
 // gives, but for subnormals, which these levels take as zeros.
 #pragma once
 
@@ -47,7 +46,7 @@ struct Bf16Panels {
   static constexpr int kGroup = 64;
 
   // Rows of W start on whole groups and a group has one absmax.
-  static bool reorders(const MatmulParams& p) {
+  static bool in_groups(const MatmulParams& p) {
     return p.weight4.log2_blocksize >= 6 && (p.transposed ? p.outputs : p.inner) % kGroup == 0;
   }
 
@@ -80,61 +79,21 @@ struct Bf16Panels {
     }
   }
 
-  template <int kDepth>
-  static void prefetch(const Weight4& w, int64_t start) {
-    const uintptr_t at = reinterpret_cast<uintptr_t>(w.packed) + static_cast<uintptr_t>(start >> 1);
-    for (int i = 0; i < kDepth / 2; i += 64) _mm_prefetch(reinterpret_cast<const char*>(at + i), _MM_HINT_T0);
-  }
-
-  // n weights from flat index `start` (both multiples of 64); absmax[0] belongs to the block of `row`.
-  static void decode_reordered(const Weight4& w, int64_t start, const float* absmax, int64_t row, int64_t n,
-                               Bf16* out) {
-    const __m512 code = _mm512_loadu_ps(code_table(w.quant_type));
-    const __m512i nibble_mask = _mm512_set1_epi16(15);
-    const __m512i second = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);
-    const uint8_t* bytes = w.packed + (start >> 1);
-    const int64_t first = row >> w.log2_blocksize;
-    int64_t i = 0;
-    for (; i + 128 <= n; i += 128, bytes += 64, out += 128) {
-      const float a0 = absmax[((start + i) >> w.log2_blocksize) - first];
-      const float a1 = absmax[((start + i + 64) >> w.log2_blocksize) - first];
-      const __m512i words = _mm512_loadu_si512(bytes);
-      const __m512i table =
-          bf16_pair(_mm512_mul_ps(code, _mm512_set1_ps(a1)), _mm512_mul_ps(code, _mm512_set1_ps(a0)));
-      for (int j = 0; j < 4; ++j) {
-        // (shifted & 15) | 16 in the upper half
-        const __m512i index = _mm512_ternarylogic_epi32(shift_word(words, j), nibble_mask, second, 0xea);
-        const __m512i value = _mm512_permutexvar_epi16(index, table);
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 16 * j), _mm512_castsi512_si256(value));
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 64 + 16 * j),
-                            _mm512_extracti64x4_epi64(value, 1));
-      }
-    }
-    if (i < n) {
-      const float a0 = absmax[((start + i) >> w.log2_blocksize) - first];
-      const __m512 scaled = _mm512_mul_ps(code, _mm512_set1_ps(a0));
-      const __m512i table = bf16_pair(scaled, scaled);
-      const __m512i words =
-          _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes)));
-      for (int j = 0; j < 4; ++j)
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 16 * j),
-                            _mm512_castsi512_si256(_mm512_permutexvar_epi16(shift_word(words, j), table)));
-    }
-  }
-
   // Rows row0 … row0 + depth (those from row0 + n on are zero) of W [.., width], columns o0 … o0 + outputs,
   // two rows a time: the packed words of both alternate before the look-up, so pairs come out ready.
-  // panel[q][16 j + i][2] = W[row0 + 2 q + {0, 1}, 4 i + j] in each group of 64 columns.
-  template <int kColumns>
+  // panel[strip][q][16 j + i][2] = W[row0 + 2 q + {0, 1}, 4 i + j] in each group of 64 columns of a strip.
+  template <int64_t kStrip>
   static void decode_pairs(const Weight4& w, int64_t row0, int64_t n, int64_t depth, int64_t width,
                            int64_t o0, int64_t outputs, Bf16* panel) {
     const __m512 code = _mm512_loadu_ps(code_table(w.quant_type));
     const __m512i nibble_mask = _mm512_set1_epi16(15);
     const __m512i second = _mm512_set1_epi32(16 << 16);
     const __m512i order = alternate();
-    for (int64_t q = 0; q < depth; q += 2, panel += 2 * kColumns) {
+    for (int64_t q = 0; q < depth; q += 2, panel += 2 * kStrip) {
       if (q >= n) {
-        std::memset(panel, 0, static_cast<size_t>(outputs) * 2 * sizeof(Bf16));
+        for (int64_t o = 0; o < outputs; o += kStrip)
+          std::memset(panel + o * depth, 0,
+                      static_cast<size_t>(min_of(kStrip, outputs - o)) * 2 * sizeof(Bf16));
         continue;
       }
       const bool odd = q + 1 == n;  // the second row of the pair is not there: absmax 0
@@ -144,6 +103,7 @@ struct Bf16Panels {
       prefetch_bytes(w.packed, (flat0 + depth * width) >> 1, outputs / 2);
       prefetch_bytes(w.packed, (flat1 + depth * width) >> 1, outputs / 2);
       for (int64_t o = 0; o < outputs; o += kGroup) {
+        Bf16* out = panel + o / kStrip * kStrip * depth + 2 * (o % kStrip);
         const float a0 = absmax_at(w.absmax, (flat0 + o) >> w.log2_blocksize);
         const float a1 = odd ? 0.0f : absmax_at(w.absmax, (flat1 + o) >> w.log2_blocksize);
         const __m256i row_0 =
@@ -156,10 +116,55 @@ struct Bf16Panels {
             bf16_pair(_mm512_mul_ps(code, _mm512_set1_ps(a1)), _mm512_mul_ps(code, _mm512_set1_ps(a0)));
         for (int j = 0; j < 4; ++j) {
           const __m512i index = _mm512_ternarylogic_epi32(shift_word(words, j), nibble_mask, second, 0xea);
-          _mm512_storeu_si512(panel + 2 * (o + 16 * j), _mm512_permutexvar_epi16(index, table));
+          _mm512_storeu_si512(out + 32 * j, _mm512_permutexvar_epi16(index, table));
         }
       }
     }
+  }
+
+  // Rows o0 … o0 + outputs of W [.., width], columns c … c + depth (both multiples of 64), brought across: each word of
+  // packed bytes becomes two dwords, weights 0 and 1 and weights 2 and 3, and 16 rows of dwords are transposed.
+  // panel[strip][q][j][2] = W[o0 + j, c + 2 q + {0, 1}], zero beyond `outputs`.
+  template <int64_t kStrip>
+  static void decode_columns(const Weight4& w, int64_t o0, int64_t outputs, int64_t width, int64_t c,
+                             int64_t depth, Bf16* panel) {
+    const __m512 code = _mm512_loadu_ps(code_table(w.quant_type));
+    const __m512i twice = _mm512_mullo_epi32(
+        _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), _mm512_set1_epi32(0x10001));
+    const __m512i shift_0 = _mm512_set1_epi32(4), shift_2 = _mm512_set1_epi32(8 << 16 | 12);
+    alignas(64) float words[2][16][16];
+    for (int64_t j = 0; j < outputs; j += 16) {
+      float* out = reinterpret_cast<float*>(panel + j / kStrip * kStrip * depth) + j % kStrip;
+      const int64_t rows = min_of<int64_t>(16, outputs - j);
+      if (rows < 16) std::memset(words, 0, sizeof(words));
+      for (int64_t i = 0; i < depth; i += kGroup, out += 32 * kStrip) {
+        for (int64_t r = 0; r < rows; ++r) {
+          const int64_t at = (o0 + j + r) * width + c + i;
+          const uint8_t* bytes = w.packed + (at >> 1);
+          prefetch_bytes(bytes, depth >> 1, 1);
+          const __m512 scaled =
+              _mm512_mul_ps(code, _mm512_set1_ps(absmax_at(w.absmax, at >> w.log2_blocksize)));
+          const __m512i table = bf16_pair(scaled, scaled);
+          const __m512i both = _mm512_permutexvar_epi16(
+              twice, _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes))));
+          _mm512_store_si512(words[0][r], _mm512_permutexvar_epi16(_mm512_srlv_epi16(both, shift_0), table));
+          _mm512_store_si512(words[1][r], _mm512_permutexvar_epi16(_mm512_srlv_epi16(both, shift_2), table));
+        }
+        transpose(words[0][0], 16, out, 2 * kStrip);
+        transpose(words[1][0], 16, out + kStrip, 2 * kStrip);
+      }
+    }
+  }
+
+  // Two rows of n columns in natural order to pairs, zeros to the end of the last vector.
+  static void interleave_n(const Bf16* row0, const Bf16* row1, int64_t n, Bf16* out) {
+    const int64_t whole = n / 16 * 16;
+    interleave(row0, row1, whole / 16, out);
+    if (whole == n) return;
+    const __mmask16 left = first(static_cast<int>(n - whole));
+    const __m512i a = _mm512_castsi256_si512(_mm256_maskz_loadu_epi16(left, row0 + whole));
+    const __m512i b = _mm512_castsi256_si512(_mm256_maskz_loadu_epi16(left, row1 + whole));
+    _mm512_storeu_si512(out + 2 * whole, _mm512_permutex2var_epi16(a, alternate(), b));
   }
 
   // Two rows in natural order to pairs.

@@ -17,23 +17,24 @@ struct F32Kernel {
   static constexpr int kPanelRows = 96;
   static constexpr int kShortPanels = 2;  // half as tall for few rows of x
   static constexpr int kPanelColumns = 96;
+  static constexpr int kStrip = 96;
+  static constexpr bool kAcross = false;
   static constexpr int kMaxRows = 240;
-  static constexpr int kRowSplit = 48;
-  static constexpr int kRowSplitTransposed = kAccumulators / kMaxVectors * 2;
-  static constexpr int kAlignPlain = 1;
-  static constexpr int kAlignTransposed = 1;
+  static constexpr int kRowSplitW = 48;
+  static constexpr int kRowSplitX = kAccumulators / kMaxVectors * 2;
+  static constexpr int kAlignW = 1;
+  static constexpr int kAlignX = 1;
   static constexpr int kGroup = 1;  // panels are in natural order
   static constexpr double kSerialWork = 1 << 17;
 
-  static bool reorders(const MatmulParams&) { return false; }
+  static bool in_groups(const MatmulParams&) { return false; }
   static void reorder(float*) {}
-  static void prefetch(const Weight4&, int64_t) {}
   static void restore(const float*, float*) {}
-  static void decode_reordered(const Weight4&, int64_t, const float*, int64_t, int64_t, float*) {}
   static void decode_pairs(const Weight4&, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, float*) {}
+  static void decode_columns(const Weight4&, int64_t, int64_t, int64_t, int64_t, int64_t, float*) {}
 
   template <int R, int V>
-  static void tile(int64_t depth, const float* a, int64_t a_stride, const float* b, int64_t b_stride,
+  static void tile(int64_t depth, const float* a, int64_t a_stride, int64_t, const float* b, int64_t b_stride,
                    float* c, int64_t c_stride, bool empty) {
     Vec sum[R][V];
 #pragma GCC unroll 24
@@ -55,7 +56,7 @@ struct F32Kernel {
 
   static void multiply(int64_t rows, int64_t vectors, int64_t depth, const float* a, int64_t a_stride,
                        const float* b, int64_t b_stride, float* c, int64_t c_stride, bool empty) {
-    multiply_tiles<F32Kernel>(rows, vectors, depth, a, a_stride, b, b_stride, c, c_stride, empty);
+    multiply_tiles<F32Kernel>(rows, vectors, depth, a, a_stride, 1, b, b_stride, c, c_stride, empty);
   }
 };
 

@@ -1,0 +1,87 @@
+"""The cpu backend's product over many rows: every side a matrix can stand on, every layout it is read in."""
+
+from __future__ import annotations
+
+import bounds
+import pytest
+import torch
+from guarded import guarded
+from torch import Tensor
+
+import peftkern
+from peftkern import reference
+from peftkern.backends.cpu import _cpu
+
+# Rows in several blocks, pieces and strips with remainders, one chunk of the contraction and more, outputs
+# that fill no vector; 64 and 384 columns are whole groups of a 4-bit weight, 330 are not.
+SIZES = [(25, 70, 64), (97, 130, 384), (150, 7, 330), (400, 72, 64)]
+LAYOUTS = ["rows", "apart", "odd", "columns"]
+
+
+def laid_out(matrix: Tensor, layout: str, at: str) -> Tensor:
+    """The same values: rows of neighbours, 2 KiB apart (on one cache set), at an odd stride, or columns."""
+    rows, columns = matrix.shape
+    if layout == "columns":
+        return guarded(matrix.t().contiguous(), at).t()
+    stride = {"rows": columns, "apart": 2048 // matrix.element_size(), "odd": columns + 1 + columns % 2}[
+        layout
+    ]
+    wide = torch.zeros(rows, max(stride, columns), dtype=matrix.dtype)
+    start = wide.shape[1] - columns if at == "end" else 0
+    wide[:, start : start + columns] = matrix
+    return guarded(wide, at)[:, start : start + columns]
+
+
+@pytest.mark.parametrize("at", ["start", "end"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("transposed", [False, True], ids=["plain", "transposed"])
+@pytest.mark.parametrize("size", SIZES, ids=lambda size: "x".join(map(str, size)))
+def test_many_rows(size: tuple[int, int, int], transposed: bool, layout: str, at: str, isa: str) -> None:
+    """Within the bound of fp64, nothing touched beyond any matrix, the same bits on any number of threads."""
+    rows, outputs, inner = size
+    shape = (inner, outputs) if transposed else (outputs, inner)
+    x = torch.randn(rows, inner).bfloat16()
+    t, u = torch.randn(rows, 3).bfloat16(), torch.randn(outputs, 3).bfloat16()
+    bias = torch.randn(outputs)
+    dense = torch.randn(shape)
+    four_bit = peftkern.quantize_4bit(dense, "nf4", 64 if at == "end" else 256, at == "end")
+    weights: list[tuple[peftkern.QuantizedWeight | Tensor, torch.dtype, bool]] = [
+        (four_bit, torch.bfloat16, True),
+        (dense.bfloat16(), torch.float32, False),
+    ]
+    for weight, dtype, addend in weights:
+        if isinstance(weight, Tensor):
+            given: object = laid_out(weight, layout, at)
+            values = weight
+        else:
+            packed, absmax, nested, *rest = weight.kernel_args
+            given = (guarded(packed, at), guarded(absmax, at), nested, *rest)
+            values = reference.dequantize_4bit(weight, torch.float32)
+        operand = bounds.operand(values.t() if transposed else values, bounds.compute_dtype(torch.bfloat16))
+        expected = bounds.matmul(
+            bounds.exact(x),
+            operand,
+            dtype,
+            0.5,
+            bounds.exact(t) if addend else None,
+            bounds.exact(u) if addend else None,
+            bounds.exact(bias),
+        )
+        found = []
+        for threads in (1, 2):
+            out = guarded(torch.full((rows, outputs), torch.nan, dtype=dtype), at)
+            args = (laid_out(t, layout, at), guarded(u, at)) if addend else (None, None)
+            _cpu.matmul(
+                out,
+                laid_out(x, layout, at),
+                given,
+                transposed,
+                0.5,
+                *args,
+                guarded(bias, at),
+                None,
+                threads,
+            )
+            found.append(out)
+        bounds.check("out", found[0], expected)
+        assert torch.equal(found[1], found[0])
