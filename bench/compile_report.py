@@ -87,6 +87,7 @@ def cases(capability: int, everything: bool) -> Iterator[Case]:
     """Every tile of the tables with a LoRA addend and bias, then each other choice on one of them, or on each
     for `everything`."""
     from peftkern.triton_kernels import (
+        blocks,
         choices,
         compress,
         dequantize,
@@ -100,7 +101,7 @@ def cases(capability: int, everything: bool) -> Iterator[Case]:
     machine = Machine(capability, PROCESSORS[capability])
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     N = K = 4096
-    seen = set()
+    seen: set[Any] = set()
 
     def product(
         M: int,
@@ -152,6 +153,36 @@ def cases(capability: int, everything: bool) -> Iterator[Case]:
             yield from product(M, transposed, "bf16 grouped", rank=0, bias=False, spread=(values, True, 0))
         yield from product(256, transposed, "bf16 bytes", odd=2)
         yield from product(256, transposed, "fp32", dtype=fp32)
+
+    def several(M: int, transposed: bool, size: int, based: bool, dtype: torch.dtype) -> Iterator[Case]:
+        """MoRA of several blocks, which divide K and N or do not, with a base and alone."""
+        count = -(-K // size)
+        u, x = _empty(count, size, size, dtype=dtype), _empty(M, K, dtype=dtype)
+        (base, weight) = (
+            (x, _weight(N, K, "nf4", 64, False)) if based else (x[:, :0], _empty(N, 0, dtype=dtype))
+        )
+        weight = weight if based or not transposed else weight.t()
+        out = _empty(M, N, dtype=dtype)
+        (main, *_) = matmul.plan(machine, out, base, weight, transposed, 1.0, x, u, None, None, count)
+        a, kernel = main.arguments, main.kernel.__name__
+        tile = f"{a['BLOCK_O']}x{a['BLOCK_M']}x{a['BLOCK_C']} {main.warps} warps {main.stages} stages"
+        how = f"{'dX' if transposed else 'Y'} {tile}, MoRA in blocks of {size} {dtype}".replace("torch.", "")
+        if (kernel, how) not in seen:
+            seen.add((kernel, how))
+            yield Case(kernel, how, [main], dtype != fp32)
+
+    for transposed in (False, True):
+        for M in sizes if everything else (16, 512, sizes[-2]):
+            for size in (256, 362):
+                yield from several(M, transposed, size, True, bf16)
+        for size in (256, 362):
+            yield from several(512, transposed, size, True, fp32)
+            yield from several(512, transposed, size, False, bf16)
+        yield from several(512, transposed, 256, False, fp32)
+    turned = blocks.plan_turn(
+        _empty(16, 256, 256, dtype=bf16), _empty(256, 256, dtype=fp32), _empty(16, 2, 128, dtype=fp32), 1.0
+    )
+    yield Case("turn", "", [turned], False)
 
     def thin(x: Tensor, w: Tensor, transposed: bool, out: Tensor, name: str) -> Iterator[Case]:
         main = matmul.plan(machine, out, x, w, transposed, 1.0, None, None, None, None)[0]

@@ -27,6 +27,8 @@ What a correct kernel may do, and nothing more:
 - MoRA: z = compress(x) and g = compress(dY) are fp32 sums of x's columns (in type 6 rotated in fp32 by a
   table of fp32 cosines and sines), rounded to x's dtype, so their error travels on; z Mᵀ and g M are outputs
   of fp32, and enter the base product's sum as they are;
+- MoRA of several blocks on triton: M instead of x is turned back for each block, in fp32, scaled, and rounded
+  to the compute type; dM is made as elsewhere;
 - values below fp32's smallest normal 2^-126 may be flushed to zero (AVX512_BF16 and AMX do so).
 """
 
@@ -302,6 +304,25 @@ def mora(
     def rows(a: Approx) -> Approx:
         return Approx(*(part.view(x.shape[0], middle) for part in (a.value, a.error, a.typical)))
 
+    def turned_product(a: Approx, adjoint: bool) -> Approx:
+        """Each block of a times the matrix turned for it, or its adjoint."""
+        count = middle // rank
+        u = exact(matrix.double().repeat(1, count))
+        u = u if turns is None else rotated(u, rank, turns, inverse=True)
+        u = Approx(scaling * u.value, abs(scaling) * u.error, abs(scaling) * u.typical)
+        u = u.plus(2.0 * U32).rounded(compute)  # s in fp32, the product
+
+        def block(m: Approx, b: int) -> Approx:
+            return Approx(*(part[:, b * rank : (b + 1) * rank] for part in (m.value, m.error, m.typical)))
+
+        squares = [block(u, b).t() if adjoint else block(u, b) for b in range(count)]
+        found = [matmul(block(a, b), square, torch.float32) for b, square in enumerate(squares)]
+        return Approx(
+            torch.cat([f.value for f in found], 1),
+            torch.cat([f.error for f in found], 1),
+            torch.cat([f.typical for f in found], 1),
+        )
+
     def total(a: Approx, w: Approx | None, b: Approx | None, addend: Approx) -> Approx:
         if w is None:
             return addend.rounded(dtype)
@@ -312,9 +333,13 @@ def mora(
 
     X, W = operand(x, compute), None if weight is None else operand(weight, compute)
     square, b = operand(matrix, compute), None if bias is None else exact(bias)
-    z = gathered(X, compress)
-    z = rounded(z if turns is None else rotated(z, rank, turns), compress)
-    v = rows(matmul(blocks(z), square, torch.float32, scaling))
+    unturned = gathered(X, compress)
+    z = rounded(unturned if turns is None else rotated(unturned, rank, turns), compress)
+    turns_matrix = middle > rank and dispatch.forced_backend() == "triton"
+    if turns_matrix:
+        v = turned_product(unturned, False)
+    else:
+        v = rows(matmul(blocks(z), square, torch.float32, scaling))
     y = total(X, W, b, gathered(v, decompress))
     found = {"y": replace(y, count=x.shape[0] * min(middle, outputs))}
     if grad is None:
@@ -326,8 +351,11 @@ def mora(
         matmul(blocks(g).t(), blocks(z).t(), matrix.dtype, scaling),
         count=min(rank * rank, x.shape[0] * middle),
     )
-    v = rows(matmul(blocks(g), square.t(), torch.float32, scaling))
-    v = v if turns is None else rotated(v, rank, turns, inverse=True)
+    if turns_matrix:
+        v = turned_product(g, True)
+    else:
+        v = rows(matmul(blocks(g), square.t(), torch.float32, scaling))
+        v = v if turns is None else rotated(v, rank, turns, inverse=True)
     dx = total(D, None if W is None else W.t(), None, gathered(v, compress.t()))
     found["x"] = replace(dx, count=x.shape[0] * min(middle, x.shape[-1]))
     if bias is not None:

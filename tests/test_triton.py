@@ -344,6 +344,72 @@ def test_compress_turns_blocks(n: int, h: int, inverse: bool) -> None:
     bounds.check("out", out, Approx(value, slack, slack))
 
 
+@pytest.mark.parametrize("kind", ["rotation", "decoupling"])
+@pytest.mark.parametrize(
+    ("base", "dtype"),
+    [
+        ("4 bits", torch.bfloat16),
+        ("4 bits", torch.float32),
+        ("dequantized", torch.bfloat16),
+        ("dense", torch.float16),
+        ("none", torch.bfloat16),
+    ],
+)
+@pytest.mark.parametrize(
+    ("M", "K", "N", "r"),
+    [
+        (5, 128, 128, 32),  # a tile in several blocks, each step neighbours of its source, both ways
+        (3, 128, 192, 40),  # x repeated onto 160 columns, dY summed onto them, dX over 32 of them twice
+        (70, 64, 128, 48),  # steps at multiples of 16, but x repeated within a block
+        (2, 192, 64, 16),  # blocks without outputs
+        (2, 2, 3, 1),
+    ],
+)
+def test_mora_of_several_blocks(
+    M: int,
+    K: int,
+    N: int,
+    r: int,
+    dtype: torch.dtype,
+    base: str,
+    kind: str,
+    interpreted: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from peftkern.triton_kernels import choices
+
+    if kind == "rotation" and r % 2:
+        r, K = 2, 5
+    monkeypatch.setattr(choices, "dequantizes", lambda *_: base == "dequantized")
+    W = torch.randn(N, K)
+    weight = None if base == "none" else W.to(dtype) if base == "dense" else peftkern.quantize_4bit(W)
+    x = torch.randn(M, K).to(dtype).requires_grad_()
+    matrix, grad = torch.randn(r, r).requires_grad_(), torch.randn(M, N).to(dtype)
+    if weight is None:
+        scaling, y = 1.0, peftkern.mora(x, matrix, N, kind)
+    else:
+        scaling, y = 0.75, peftkern.mora_linear(x, weight, matrix, kind, 0.75)
+    dx, dM = torch.autograd.grad(y, (x, matrix), grad)
+    if base == "dequantized":  # the addend is rounded before the vendor's product is added, as for a dense W
+        weight = peftkern.dequantize_4bit(weight, dtype)
+    expected = bounds.mora(x.detach(), matrix.detach(), kind, N, weight, scaling, None, grad)
+    for name, found in (("y", y.detach()), ("x", dx), ("matrix", dM)):
+        bounds.check(name, found, expected[name])
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_not_finite_stays_in_its_block(value: float, interpreted: None) -> None:
+    """A tile of outputs lies in several blocks here, of which one reads such a number."""
+    x, matrix = torch.randn(3, 96), torch.randn(24, 24)
+    clean = peftkern.mora(x, matrix, 96, "decoupling")
+    x[1, 30] = value
+    y = peftkern.mora(x, matrix, 96, "decoupling")
+    touched = torch.zeros(3, 96, dtype=torch.bool)
+    touched[1, 24:48] = True
+    assert not y[touched].isfinite().any()
+    assert torch.equal(y[~touched], clean[~touched])
+
+
 def test_who_is_refused_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda", 0)
     monkeypatch.setattr(triton, "INTERPRETED", True)

@@ -189,8 +189,41 @@ def dropout(out: Tensor, x: Tensor, p: float, seed: Tensor) -> None:
     _run(kernels.plan(out, x, keep_threshold(p), seed), x.device)
 
 
-# a base's row block reads W once for many tiles; beyond that memory is saved
+# dM: parts of rows, so that the middles are bounded
 _BLOCKS = Blocks(matmul, matmul_dense, compress, rows=4096, scratch=1 << 26)
+
+
+def blocks(
+    out: Tensor,
+    x: Tensor,
+    weight: Weight4 | Tensor | None,
+    transposed: bool,
+    matrix: Tensor,
+    scaling: float,
+    bias: Tensor | None,
+    rotation: Tensor | None,
+    width: int,
+) -> None:
+    from peftkern.triton_kernels import blocks as turned
+    from peftkern.triton_kernels import choices
+    from peftkern.triton_kernels import matmul as kernels
+
+    M, size, machine = x.shape[0], matrix.shape[0], _machine(x.device)
+    if M == 0 or out.shape[1] == 0:
+        return
+    u = x.new_empty(1 if rotation is None else width // size, size, size)
+    _run([turned.plan_turn(u, matrix, rotation, scaling)], x.device)
+    base = x
+    dense = weight if isinstance(weight, Tensor) else None
+    if isinstance(weight, tuple) and choices.dequantizes(M, x.dtype == torch.float32, machine):
+        dense = x.new_empty(weight[5], weight[6])
+        dequantize(dense, weight)
+    if weight is None or dense is not None:  # the addend alone
+        base, weight = x[:, :0], x.new_empty((0, out.shape[1]) if transposed else (out.shape[1], 0))
+    _run(kernels.plan(machine, out, base, weight, transposed, 1.0, x, u, bias, None, width // size), x.device)
+    if dense is not None:
+        out.addmm_(x, dense if transposed else dense.t())
+
 
 BACKEND = Backend(
     name="triton",
@@ -199,7 +232,7 @@ BACKEND = Backend(
         "matmul_dense": matmul_dense,
         "output_grads": output_grads,
         "compress": compress,
-        "blocks": _BLOCKS.product,
+        "blocks": blocks,
         "blocks_grad": _BLOCKS.grad,
         "dequantize": dequantize,
         "quantize": quantize,

@@ -503,8 +503,9 @@ def mora(x: Tensor, matrix: Tensor, out_features: int, mora_type: int | str = 1)
     compression has it, dM = Σ gᵀ z over the rows, in M's dtype; only what is asked for. Saved: z [M, r̂], not
     x, and M; for 6 and "decoupling" with n > 1, x by reference and M, and what lies between, as wide as x, is
     made for some rows at a time, in at most 2 MB, and anew in backward, in at most 4 MB (one row at a time
-    where that is more). First derivatives in reverse mode only: double backward and forward mode raise
-    RuntimeError. Under torch.autocast x is cast as F.linear casts it.
+    where that is more; on triton 64 MB for dM, and for y and dX n matrices M, turned by each block, instead).
+    First derivatives in reverse mode only: double backward and forward mode raise RuntimeError. Under
+    torch.autocast x is cast as F.linear casts it.
 
     Raises TypeError or ValueError naming the argument; RuntimeError when a forced backend cannot run the
     call. Method: MoRA, Jiang et al., arXiv 2405.12130; the types' numbers are those of its authors' code
@@ -584,9 +585,10 @@ def mora_linear(
     for a dense W that requires grad; for type 6 and "decoupling" with K > r̂, x by reference instead of z,
     and both passes go through row blocks: u, as wide as x and in fp32, exists for at most 384 rows at a time
     (for all where there are fewer), beside at most 1 MB of what else lies between, 3 MB in backward (or one
-    row of it, where that is more). First derivatives in reverse mode only: double backward and forward mode
-    raise RuntimeError. Under torch.autocast x and a dense W are cast as F.linear casts them; the matrix is
-    brought to that dtype inside the product and keeps its own for its gradient.
+    row of it, where that is more; on triton as `mora` says, and no u). First derivatives in reverse mode
+    only: double backward and forward mode raise RuntimeError. Under torch.autocast x and a dense W are cast
+    as F.linear casts them; the matrix is brought to that dtype inside the product and keeps its own for its
+    gradient.
 
     Raises TypeError or ValueError naming the argument; RuntimeError when a forced backend cannot run the
     call. Method: MoRA, Jiang et al., arXiv 2405.12130, whose scaling is 1; QLoRA, Dettmers et al., arXiv

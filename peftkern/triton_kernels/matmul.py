@@ -34,6 +34,7 @@ import triton.language as tl
 from torch import Tensor
 
 from peftkern.triton_kernels.arithmetic import brought_to, dot, rounded, sum_of_parts, widened
+from peftkern.triton_kernels.blocks import blocks_addend
 from peftkern.triton_kernels.choices import (
     BYTES,
     FLOAT32,
@@ -159,20 +160,20 @@ def _tile(tiles_m, tiles_o, GROUP: tl.constexpr):
     return first + within % height, within // height
 
 
-@triton.jit(do_not_specialize=["M", "rank", "P", "length", "steps_per_split"])
+@triton.jit(do_not_specialize=["M", "rank", "P", "length", "steps_per_split", "blocks", "t_columns"])
 def matmul_4bit(
     out, x, packed, absmax, t, u, bias, values,
     M, outputs, inner, line, rank, P, length,
     stride_out_m, stride_out_o, stride_xm, stride_xc, stride_tm, stride_tr, stride_uo, stride_ur, stride_bias,
-    stride_values, x_step, steps_per_split, alpha,
+    stride_values, x_step, steps_per_split, alpha, blocks, t_columns, stride_ub,
     NF4: tl.constexpr, LOG2_BLOCK: tl.constexpr, SCALE_COLUMNS: tl.constexpr,
     TRANSPOSED: tl.constexpr, WORDS: tl.constexpr, SPLIT: tl.constexpr, GROUPED: tl.constexpr,
     COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_O: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
-    GROUP: tl.constexpr, PARTS: tl.constexpr,
+    GROUP: tl.constexpr, PARTS: tl.constexpr, BLOCKS: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """packed: where WORDS int32, or int16 if TRANSPOSED, `line` of them a row of W; else uint8. SPLIT: out is
-    fp32 [splits, M, outputs], for `finish_split`."""
+    fp32 [splits, M, outputs], for `finish_split`. BLOCKS: t and u are those of `blocks_addend`, rank = r̂."""
     # halves or words of a step, along W's rows
     W: tl.constexpr = BLOCK_O // 4 if TRANSPOSED else BLOCK_C // 8
     GROUPS: tl.constexpr = BLOCK_O // SCALE_COLUMNS
@@ -199,10 +200,17 @@ def matmul_4bit(
     if t is not None:  # noqa: SIM102 (known when compiled; the next is not)
         if split == 0:
             at = tl.minimum(tile_o * BLOCK_O + order, outputs - 1).to(tl.int64)
-            acc = _addend(
-                acc, t, u, row, at, rank, stride_tm, stride_tr, stride_uo, stride_ur,
-                COMPUTE, BLOCK_R, PRECISION,
-            )  # fmt: skip
+            if BLOCKS:
+                acc = blocks_addend(
+                    acc, t, u, row, at, tile_o * BLOCK_O, outputs, rank, blocks, t_columns, stride_tm,
+                    stride_tr, stride_ub, stride_uo, stride_ur,
+                    TRANSPOSED, ALIGNED, False, COMPUTE, BLOCK_R, PRECISION,
+                )  # fmt: skip
+            else:
+                acc = _addend(
+                    acc, t, u, row, at, rank, stride_tm, stride_tr, stride_uo, stride_ur,
+                    COMPUTE, BLOCK_R, PRECISION,
+                )  # fmt: skip
 
     if WORDS:
         if TRANSPOSED:
@@ -272,17 +280,19 @@ def matmul_4bit(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["M", "inner", "rank", "P", "length", "steps_per_split"])
+@triton.jit(do_not_specialize=["M", "inner", "rank", "P", "length", "steps_per_split", "blocks", "t_columns"])
 def matmul_dense(
     out, x, weight, t, u, bias, values,
     M, outputs, inner, rank, P, length,
     stride_out_m, stride_out_o, stride_xm, stride_xc, stride_wo, stride_wc, stride_tm, stride_tr, stride_uo,
-    stride_ur, stride_bias, stride_values, steps_per_split, alpha,
+    stride_ur, stride_bias, stride_values, steps_per_split, alpha, blocks, t_columns, stride_ub,
     SPLIT: tl.constexpr, GROUPED: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_O: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
     GROUP: tl.constexpr, PARTS: tl.constexpr, EVEN_M: tl.constexpr, EVEN_C: tl.constexpr,
+    BLOCKS: tl.constexpr, ADJOINT: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """The same for a dense W of any strides and dtype, one side of the product a rank: memory bound.
+    """The same for a dense W of any strides and dtype, one side of the product a rank, or for the addend
+    alone: memory bound.
 
     EVEN: 16 divides M, inner. Where they count neighbours in memory, a mask by a number of which that is not
     known would cut the loads to single values.
@@ -302,10 +312,18 @@ def matmul_dense(
     acc = tl.zeros((BLOCK_O, BLOCK_M), tl.float32)
     if t is not None:  # noqa: SIM102 (known when compiled; the next is not)
         if split == 0:
-            acc = _addend(
-                acc, t, u, tl.minimum(row, M - 1), tl.minimum(column, outputs - 1), rank, stride_tm,
-                stride_tr, stride_uo, stride_ur, COMPUTE, BLOCK_R, PRECISION,
-            )  # fmt: skip
+            at_m, at_o = tl.minimum(row, M - 1), tl.minimum(column, outputs - 1)
+            if BLOCKS:
+                acc = blocks_addend(
+                    acc, t, u, at_m, at_o, tile_o * BLOCK_O, outputs, rank, blocks, t_columns, stride_tm,
+                    stride_tr, stride_ub, stride_uo, stride_ur,
+                    ADJOINT, ALIGNED, True, COMPUTE, BLOCK_R, PRECISION,
+                )  # fmt: skip
+            else:
+                acc = _addend(
+                    acc, t, u, at_m, at_o, rank, stride_tm, stride_tr, stride_uo, stride_ur,
+                    COMPUTE, BLOCK_R, PRECISION,
+                )  # fmt: skip
     for step in range(first_step, last_step):
         i = step * BLOCK_C + tl.arange(0, BLOCK_C)
         c, some_c = i.to(tl.int64), i < inner
@@ -378,6 +396,18 @@ class _Fixed(NamedTuple):
     finish: dict[str, Any]  # of the kernel that adds them up
 
 
+def _addend_strides(u: Layout | None, adjoint: bool) -> dict[str, int]:
+    """u [outputs, R], or [blocks, r̂, r̂], of which the adjoint reads columns as rows."""
+    block, row, column = (0, 0, 0) if u is None else (0, *u[2])[-3:]
+    if u is not None and u[1][0] == 1:
+        block = 0
+    return {
+        "stride_ub": block,
+        "stride_uo": column if adjoint else row,
+        "stride_ur": row if adjoint else column,
+    }
+
+
 # a training run has a few for each kind of layer; a thousand are some megabytes
 @lru_cache(maxsize=1024)
 def _fixed(
@@ -394,6 +424,8 @@ def _fixed(
     values: Layout | None,
     grouped: bool,
     length: int,
+    blocks: int,
+    aligned: bool,
 ) -> _Fixed:
     """weight: the layout of a dense one; of one in 4 bits quant_type, blocksize, K and whether it is read in
     words."""
@@ -402,13 +434,16 @@ def _fixed(
     arguments: dict[str, Any] = {
         "M": M,
         "inner": inner,
-        "rank": 0 if t is None else t[1][1],
+        "rank": 0 if u is None else u[1][-1],
         "stride_xm": stride_xm,
         "stride_xc": stride_xc,
         "stride_tm": 0 if t is None else t[2][0],
         "stride_tr": 0 if t is None else t[2][1],
-        "stride_uo": 0 if u is None else u[2][0],
-        "stride_ur": 0 if u is None else u[2][1],
+        "blocks": blocks,
+        "t_columns": 0 if t is None else t[1][1],
+        "BLOCKS": blocks > 0,
+        "ALIGNED": aligned,
+        **_addend_strides(u, blocks > 0 and transposed),
         "COMPUTE": TYPES[dtype],
         "PRECISION": precision,
         "BLOCK_R": BLOCK_R,
@@ -422,6 +457,7 @@ def _fixed(
     if dense:
         row, column = weight[2]
         arguments["stride_wo"], arguments["stride_wc"] = (column, row) if transposed else (row, column)
+        arguments["ADJOINT"] = transposed and blocks > 0
         # nowhere else, lest every other number of rows needed a kernel of its own
         arguments["EVEN_M"] = M % 16 == 0 and stride_xm == 1
         arguments["EVEN_C"] = inner % 16 == 0 and 1 in (stride_xc, arguments["stride_wc"])
@@ -461,6 +497,13 @@ def _fixed(
     )
 
 
+def _aligned(columns: int, blocks: int, size: int, transposed: bool) -> bool:
+    """Whether a step of `blocks_addend` reads neighbours of its source, and nothing else."""
+    if blocks == 0 or size % BLOCK_R or columns % BLOCK_R:
+        return False
+    return columns == blocks * size or not transposed
+
+
 def plan(
     machine: Machine,
     out: Tensor,
@@ -472,8 +515,13 @@ def plan(
     u: Tensor | None,
     bias: Tensor | None,
     spread: Spread | None,
+    blocks: int = 0,
 ) -> list[Launch]:
-    """The launches that compute `out`; none where it is empty. A split sum allocates its parts, fp32."""
+    """The launches that compute `out`; none where it is empty. A split sum allocates its parts, fp32.
+
+    blocks: that many blocks of r̂ are the middle of MoRA, t is x or, transposed, dY, and u [blocks or 1, r̂, r̂]
+    is what `turn` makes.
+    """
     M, outputs = out.shape
     launches: list[Launch] = []
     if M == 0 or outputs == 0:
@@ -484,6 +532,7 @@ def plan(
     full = x.dtype == torch.float32
     tensors: dict[str, Any] = {"x": x, "t": t, "u": u}
     key: Any
+    aligned = t is not None and u is not None and _aligned(t.shape[1], blocks, u.shape[-1], transposed)
     if isinstance(weight, Tensor):
         tile = THIN_FLOAT32 if full else thin_tile(M, outputs)
         tensors["weight"] = weight
@@ -496,15 +545,19 @@ def plan(
             absmax = scales
         words = words_problem(x, weight, transposed) is None
         if words:
-            tile = words_tile(M, outputs, blocksize, transposed, machine)
+            # what sums its source in registers leaves none for a tile of more rows
+            narrow = blocks > 0 and transposed and not aligned
+            tile = words_tile(min(M, 64) if narrow else M, outputs, blocksize, transposed, machine)
             packed = packed.view(torch.int16 if transposed else torch.int32)
         else:
             tile = FLOAT32 if full else BYTES
         tensors["packed"], tensors["absmax"] = packed, absmax
         key = quant_type, blocksize, K, words
+    if full and blocks:
+        tile = tile._replace(warps=2 * tile.warps)  # or it spills
     kernel, grid, arguments, parts, finish = _fixed(
         machine, tile, precision() if full else "ieee", layout(out), layout(x), key, transposed, layout(t),
-        layout(u), layout(bias), layout(values), grouped, length,
+        layout(u), layout(bias), layout(values), grouped, length, blocks, aligned,
     )  # fmt: skip
     end: dict[str, Any] = {"out": out, "bias": bias, "values": values, "alpha": float(alpha)}
     if parts is None:
