@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import bounds
 import pytest
 import torch
@@ -13,8 +15,9 @@ from peftkern import reference
 from peftkern.backends.cpu import _cpu
 
 # Rows in several blocks, pieces and strips with remainders, one chunk of the contraction and more, outputs
-# that fill no vector; 64 and 384 columns are whole groups of a 4-bit weight, 330 are not.
-SIZES = [(25, 70, 64), (97, 130, 384), (150, 7, 330), (400, 72, 64)]
+# that fill no vector; 64, 384 and 1664 columns are whole groups of a 4-bit weight, 330 and 1700 are not.
+# 13 panels or 14 of 128 outputs are enough for one thread; two share out half as wide ones.
+SIZES = [(25, 70, 64), (97, 130, 384), (150, 7, 330), (400, 72, 64), (60, 1664, 384), (49, 1700, 330)]
 LAYOUTS = ["rows", "apart", "odd", "columns"]
 
 
@@ -32,44 +35,54 @@ def laid_out(matrix: Tensor, layout: str, at: str) -> Tensor:
     return guarded(wide, at)[:, start : start + columns]
 
 
-@pytest.mark.parametrize("at", ["start", "end"])
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("transposed", [False, True], ids=["plain", "transposed"])
-@pytest.mark.parametrize("size", SIZES, ids=lambda size: "x".join(map(str, size)))
-def test_many_rows(size: tuple[int, int, int], transposed: bool, layout: str, at: str, isa: str) -> None:
-    """Within the bound of fp64, nothing touched beyond any matrix, the same bits on any number of threads."""
+@functools.cache
+def product(
+    size: tuple[int, int, int], transposed: bool, at: str
+) -> tuple[list[Tensor], list[tuple[peftkern.QuantizedWeight | Tensor, torch.dtype, bounds.Approx]]]:
+    """x, t, u and bias; a 4-bit weight with the addend and a dense one without, each with out's dtype and
+    value. Neither the layout nor the level enters: made once for all of them."""
     rows, outputs, inner = size
-    shape = (inner, outputs) if transposed else (outputs, inner)
     x = torch.randn(rows, inner).bfloat16()
     t, u = torch.randn(rows, 3).bfloat16(), torch.randn(outputs, 3).bfloat16()
     bias = torch.randn(outputs)
-    dense = torch.randn(shape)
+    dense = torch.randn((inner, outputs) if transposed else (outputs, inner))
     four_bit = peftkern.quantize_4bit(dense, "nf4", 64 if at == "end" else 256, at == "end")
-    weights: list[tuple[peftkern.QuantizedWeight | Tensor, torch.dtype, bool]] = [
-        (four_bit, torch.bfloat16, True),
-        (dense.bfloat16(), torch.float32, False),
-    ]
-    for weight, dtype, addend in weights:
-        if isinstance(weight, Tensor):
-            given: object = laid_out(weight, layout, at)
-            values = weight
-        else:
-            packed, absmax, nested, *rest = weight.kernel_args
-            given = (guarded(packed, at), guarded(absmax, at), nested, *rest)
-            values = reference.dequantize_4bit(weight, torch.float32)
-        operand = bounds.operand(values.t() if transposed else values, bounds.compute_dtype(torch.bfloat16))
-        expected = bounds.matmul(
+
+    def expected(values: Tensor, dtype: torch.dtype, addend: bool) -> bounds.Approx:
+        return bounds.matmul(
             bounds.exact(x),
-            operand,
+            bounds.operand(values.t() if transposed else values, bounds.compute_dtype(torch.bfloat16)),
             dtype,
             0.5,
             bounds.exact(t) if addend else None,
             bounds.exact(u) if addend else None,
             bounds.exact(bias),
         )
+
+    values = reference.dequantize_4bit(four_bit, torch.float32)
+    return [x, t, u, bias], [
+        (four_bit, torch.bfloat16, expected(values, torch.bfloat16, True)),
+        (dense.bfloat16(), torch.float32, expected(dense.bfloat16(), torch.float32, False)),
+    ]
+
+
+@pytest.mark.parametrize("at", ["start", "end"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("transposed", [False, True], ids=["plain", "transposed"])
+@pytest.mark.parametrize("size", SIZES, ids=lambda size: "x".join(map(str, size)))
+def test_many_rows(size: tuple[int, int, int], transposed: bool, layout: str, at: str, isa: str) -> None:
+    """Within the bound of fp64, nothing touched beyond any matrix, the same bits on any number of threads."""
+    (x, t, u, bias), weights = product(size, transposed, at)
+    for weight, dtype, expected in weights:
+        if isinstance(weight, Tensor):
+            given: object = laid_out(weight, layout, at)
+        else:
+            packed, absmax, nested, *rest = weight.kernel_args
+            given = (guarded(packed, at), guarded(absmax, at), nested, *rest)
         found = []
         for threads in (1, 2):
-            out = guarded(torch.full((rows, outputs), torch.nan, dtype=dtype), at)
+            out = guarded(torch.full((size[0], size[1]), torch.nan, dtype=dtype), at)
+            addend = not isinstance(weight, Tensor)
             args = (laid_out(t, layout, at), guarded(u, at)) if addend else (None, None)
             _cpu.matmul(
                 out,

@@ -362,6 +362,8 @@ def test_compress_turns_blocks(n: int, h: int, inverse: bool) -> None:
         (3, 128, 192, 40),  # x repeated onto 160 columns, dY summed onto them, dX over 32 of them twice
         (70, 64, 128, 48),  # steps at multiples of 16, but x repeated within a block
         (2, 192, 64, 16),  # blocks without outputs
+        (3, 1024, 64, 64),  # W's sum in parts, of which one has the addend
+        (3, 64, 1024, 16),  # the same for dX
         (2, 2, 3, 1),
     ],
 )

@@ -34,7 +34,8 @@ A primitive writes into `out`, which the caller allocated; it allocates nothing 
         transposed:  out = x W + bias + spread(v, cyclic, width), v_b = scaling * z_b matrix, turned back,
                      z = compress(x, cyclic, x's columns)
     blocks_grad(dM, dY, x, scaling, rotation, width)
-        dM [r̂, r̂] fp32 = scaling * sum over rows and blocks of g_bᵀ z_b, z as above of x, g as z there of dY
+        dM [r̂, r̂] fp32 = scaling * sum over rows and blocks of g_bᵀ z_b, z: the middle of x in the plain
+        product, g: that of dY in the transposed one
     dequantize(out, weight)              out: contiguous [N, K] fp32, bf16 or fp16; weight: Weight4
     quantize(weight, packed, absmax, quant_type, blocksize)
         packed uint8 [ceil(N K / 2)] and absmax fp32 [ceil(N K / blocksize)] from a contiguous weight
@@ -65,8 +66,8 @@ class Call(NamedTuple):
 
     primitive: str
     device: torch.device
-    # of x for matmul, compress and dropout, of dY for output_grads, of out for dequantize, of weight for
-    # quantize
+    # of x for matmul, compress, blocks and dropout, of dY for the gradients, of out for dequantize, of weight
+    # for quantize
     dtype: torch.dtype
 
     def __str__(self) -> str:

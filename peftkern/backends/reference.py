@@ -94,7 +94,7 @@ def supports(call: Call) -> str | None:
     return None
 
 
-_BLOCKS = Blocks(matmul, matmul_dense, compress, rows=1 << 20, scratch=1 << 30)
+_BLOCKS = Blocks(matmul, matmul_dense, compress, rows=384, scratch=1 << 21)
 
 BACKEND = Backend(
     name="reference",

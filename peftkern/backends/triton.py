@@ -68,7 +68,7 @@ def detail(call: Call) -> str:
     text = f"Triton, sm_{machine.capability}"
     if call.primitive == "matmul_dense":
         return f"cuBLAS, the addend by {text}"
-    if call.primitive == "matmul":
+    if call.primitive in ("matmul", "blocks"):
         full = call.dtype == torch.float32
         limit = choices.CROSSOVER_FLOAT32 if full else choices.of(choices.CROSSOVER, machine)
         return f"{text}; a 4-bit W fused below {limit} rows, dequantized for cuBLAS from there on"
@@ -104,21 +104,26 @@ def matmul(
     bias: Tensor | None = None,
     spread: Spread | None = None,
 ) -> None:
-    from peftkern.triton_kernels import choices
     from peftkern.triton_kernels import matmul as kernels
 
+    if not isinstance(weight, Tensor) and alpha == 1.0 and out.dtype == x.dtype:
+        dense = _dequantized(x, weight)
+        if dense is not None:
+            matmul_dense(out, x, dense, transposed, t, u, bias, spread)
+            return
     machine = _machine(x.device)
-    if (
-        not isinstance(weight, Tensor)
-        and alpha == 1.0
-        and out.dtype == x.dtype
-        and choices.dequantizes(x.shape[0], x.dtype == torch.float32, machine)
-    ):
-        scratch = x.new_empty(weight[5], weight[6])
-        dequantize(scratch, weight)
-        matmul_dense(out, x, scratch, transposed, t, u, bias, spread)
-        return
     _run(kernels.plan(machine, out, x, weight, transposed, alpha, t, u, bias, spread), x.device)
+
+
+def _dequantized(x: Tensor, weight: Weight4) -> Tensor | None:
+    """W in a scratch buffer, where x has so many rows that it pays."""
+    from peftkern.triton_kernels import choices
+
+    if not choices.dequantizes(x.shape[0], x.dtype == torch.float32, _machine(x.device)):
+        return None
+    scratch = x.new_empty(weight[5], weight[6])
+    dequantize(scratch, weight)
+    return scratch
 
 
 def matmul_dense(
@@ -189,10 +194,6 @@ def dropout(out: Tensor, x: Tensor, p: float, seed: Tensor) -> None:
     _run(kernels.plan(out, x, keep_threshold(p), seed), x.device)
 
 
-# dM: parts of rows, so that the middles are bounded
-_BLOCKS = Blocks(matmul, matmul_dense, compress, rows=4096, scratch=1 << 26)
-
-
 def blocks(
     out: Tensor,
     x: Tensor,
@@ -204,26 +205,27 @@ def blocks(
     rotation: Tensor | None,
     width: int,
 ) -> None:
-    from peftkern.triton_kernels import blocks as turned
-    from peftkern.triton_kernels import choices
     from peftkern.triton_kernels import matmul as kernels
+    from peftkern.triton_kernels.blocks import plan_turn
 
-    M, size, machine = x.shape[0], matrix.shape[0], _machine(x.device)
-    if M == 0 or out.shape[1] == 0:
+    size, outputs = matrix.shape[0], out.shape[1]
+    if x.shape[0] == 0 or outputs == 0:
         return
     u = x.new_empty(1 if rotation is None else width // size, size, size)
-    _run([turned.plan_turn(u, matrix, rotation, scaling)], x.device)
-    base = x
-    dense = weight if isinstance(weight, Tensor) else None
-    if isinstance(weight, tuple) and choices.dequantizes(M, x.dtype == torch.float32, machine):
-        dense = x.new_empty(weight[5], weight[6])
-        dequantize(dense, weight)
-    if weight is None or dense is not None:  # the addend alone
-        base, weight = x[:, :0], x.new_empty((0, out.shape[1]) if transposed else (out.shape[1], 0))
-    _run(kernels.plan(machine, out, base, weight, transposed, 1.0, x, u, bias, None, width // size), x.device)
+    _run([plan_turn(u, matrix, rotation, scaling)], x.device)
+    dense = _dequantized(x, weight) if isinstance(weight, tuple) else weight
+    factor: Tensor = x
+    if dense is not None or weight is None:  # the addend alone, onto which cuBLAS adds
+        factor, weight = x[:, :0], x.new_empty((0, outputs) if transposed else (outputs, 0))
+    machine = _machine(x.device)
+    plan = kernels.plan(machine, out, factor, weight, transposed, 1.0, x, u, bias, None, width // size)
+    _run(plan, x.device)
     if dense is not None:
         out.addmm_(x, dense if transposed else dense.t())
 
+
+# dM alone: parts of the rows, so that the middles are bounded
+_BLOCKS = Blocks(matmul, matmul_dense, compress, rows=4096, scratch=1 << 26)
 
 BACKEND = Backend(
     name="triton",

@@ -497,7 +497,8 @@ def mora(x: Tensor, matrix: Tensor, out_features: int, mora_type: int | str = 1)
         "truncation"    z = the first r̂ columns of x         y = u in the first r̂ columns, 0 beyond
 
     z is rounded to x's dtype; M is brought to it inside the product; u stays in fp32, every sum runs in fp32
-    and y is rounded once. cos and sin are fp32 numbers, computed in fp64.
+    and y is rounded once. cos and sin are fp32 numbers, computed in fp64. (On triton, with n > 1, M times
+    each block's turn is rounded to x's dtype instead, and z is x̃.)
 
     Backward, with g the compression of dY as y's spreading has it: dX = the spreading of g M as x's
     compression has it, dM = Σ gᵀ z over the rows, in M's dtype; only what is asked for. Saved: z [M, r̂], not

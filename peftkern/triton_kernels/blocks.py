@@ -4,7 +4,8 @@ Block b of the middle is z_b = R_b x̃_b, with R_b the turn of that block, and v
 U_b = s M R_b, made once for all rows, type 6 is a few steps more of the same sum for a tile of outputs, in
 which x is read where it lies, and its adjoint reads the same U. Nothing as wide as x or y is made. U has
 n r̂² ≈ I r̂ numbers: 2 MB at 4096² and r̂ = 256, beside 8 MB of W and 4 MB of x at 512 rows; the multiply-adds
-are r̂ / I more, 6 %.
+are r̂ / I more, 6 %. At a few rows, too, one launch that writes U beside W's 8 MB costs less than those that
+turn x and multiply it.
 """
 
 from __future__ import annotations
@@ -26,9 +27,10 @@ def turn(
     out, matrix, rotation, size, stride_row, stride_column, scaling,
     NUMBERS: tl.constexpr,
 ):  # fmt: skip
-    """out [n, r̂, r̂], contiguous: scaling · M R_b, program_id(1) = b; rotation [n, 2, r̂ / 2] or None."""
-    block = tl.program_id(1).to(tl.int64)
-    flat = tl.program_id(0).to(tl.int64) * NUMBERS + tl.arange(0, NUMBERS)
+    """out [n, r̂, r̂], contiguous: scaling · M R_b; rotation [n, 2, r̂ / 2] or None."""
+    per_block = tl.cdiv(size * size, NUMBERS)
+    block = (tl.program_id(0) // per_block).to(tl.int64)
+    flat = (tl.program_id(0) % per_block).to(tl.int64) * NUMBERS + tl.arange(0, NUMBERS)
     mask = flat < size * size
     line = matrix + flat // size * stride_row
     q = flat % size
@@ -137,4 +139,4 @@ def plan_turn(out: Tensor, matrix: Tensor, rotation: Tensor | None, scaling: flo
         "scaling": float(scaling),
         "NUMBERS": NUMBERS,
     }
-    return Launch(turn, (-(-size * size // NUMBERS), count), arguments)
+    return Launch(turn, (-(-size * size // NUMBERS) * count,), arguments)

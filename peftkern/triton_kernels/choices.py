@@ -95,7 +95,6 @@ OUTPUT_GRADS: dict[int, dict[int, tuple[Pass, ...]]] = {
         64: (Pass(256, 16, 64, 8, 3, y_right=True), Pass(128, 32, 64, 8, 3, y_right=True)),
     },
 }
-OUTPUT_GRADS[120] = OUTPUT_GRADS[80]  # no wgmma, 99 KB of shared memory
 OUTPUT_GRADS_FLOAT32 = {
     16: (Pass(128, 32, 16, 8, 2), Pass(64, 32, 16, 4, 2)),
     32: (Pass(64, 32, 32, 4, 2),),
@@ -110,6 +109,9 @@ STEP_ROWS = 64  # a part has whole steps of every tile
 
 # from this M on: dequantize into a scratch buffer, then cuBLAS adds onto the addend
 CROSSOVER: dict[int, int] = {90: 2048, 80: 1024}
+# no wgmma, 99 KB of shared memory
+WORDS[120], WORDS_TRANSPOSED[120] = WORDS[80], WORDS_TRANSPOSED[80]
+OUTPUT_GRADS[120], CROSSOVER[120] = OUTPUT_GRADS[80], CROSSOVER[80]
 CROSSOVER_FLOAT32 = 128  # no tensor cores to overlap with: the vendor's product is ahead early
 
 GROUP = 8  # tiles of rows that pass over W together, while its bytes lie in L2

@@ -88,7 +88,7 @@ def output_grads(
             )
             db = _onto(db, brought_to(t, COMPUTE), y, Y_RIGHT, PRECISION)
         if dbias is not None:
-            sums = _onto(sums, ones, y, Y_RIGHT, PRECISION)
+            sums = _onto(sums, ones, y, Y_RIGHT, "ieee")  # a sum, whatever products may round to
         if G is not None:
             g = dot(y, b, tl.zeros((BLOCK_M, BLOCK_R), tl.float32), PRECISION) * alpha
             at = G + tile * stride_g_tile + m[:, None] * stride_gm + r[None, :] * stride_gr
