@@ -16,7 +16,8 @@ from peftkern.backends.cpu import _cpu
 
 # Rows in several blocks, pieces and strips with remainders, one chunk of the contraction and more, outputs
 # that fill no vector; 64, 384 and 1664 columns are whole groups of a 4-bit weight, 330 and 1700 are not.
-# 13 panels or 14 of 128 outputs are enough for one thread; two share out half as wide ones.
+# On avx512_bf16 13 panels or 14 of 128 outputs, two strips, do for one thread; two share out half as wide
+# ones.
 SIZES = [(25, 70, 64), (97, 130, 384), (150, 7, 330), (400, 72, 64), (60, 1664, 384), (49, 1700, 330)]
 LAYOUTS = ["rows", "apart", "odd", "columns"]
 
@@ -79,10 +80,10 @@ def test_many_rows(size: tuple[int, int, int], transposed: bool, layout: str, at
         else:
             packed, absmax, nested, *rest = weight.kernel_args
             given = (guarded(packed, at), guarded(absmax, at), nested, *rest)
+        addend = not isinstance(weight, Tensor)
         found = []
         for threads in (1, 2):
             out = guarded(torch.full((size[0], size[1]), torch.nan, dtype=dtype), at)
-            addend = not isinstance(weight, Tensor)
             args = (laid_out(t, layout, at), guarded(u, at)) if addend else (None, None)
             _cpu.matmul(
                 out,
