@@ -76,9 +76,9 @@ def test_1_quantize_gives_bitsandbytes_bytes(settings: tuple[str, int, bool], ba
     quant_type, blocksize, double_quant = settings
     W = torch.randn(N, K)
     packed, state = functional.quantize_4bit(
-        W, blocksize=blocksize, compress_statistics=double_quant, quant_type=quant_type
+        W.cpu(), blocksize=blocksize, compress_statistics=double_quant, quant_type=quant_type
     )
-    weight = peftkern.quantize_4bit(W, quant_type, blocksize, double_quant)
+    weight = peftkern.quantize_4bit(W, quant_type, blocksize, double_quant).to("cpu")
     assert torch.equal(weight.packed, packed.view(-1))
     assert torch.equal(weight.absmax, state.absmax)
     if weight.nested is not None:

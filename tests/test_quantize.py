@@ -51,12 +51,18 @@ def bits(tensor: Tensor) -> Tensor:
 def assert_same_bits(a: QuantizedWeight, b: QuantizedWeight) -> None:
     for one, other in zip(pytree.tree_leaves(a), pytree.tree_leaves(b), strict=True):
         assert one.shape == other.shape
-        assert torch.equal(bits(one), bits(other))
+        assert torch.equal(bits(one.cpu()), bits(other.cpu()))
+
+
+def here(tensor: Tensor) -> Tensor:
+    """On the device of the backend under test."""
+    return tensor.to(torch.get_default_device())
 
 
 def theirs(dense: Tensor, quant_type: str, blocksize: int, nested: bool = False) -> QuantizedWeight:
+    """What bitsandbytes makes of it on the CPU, whichever device the test is for."""
     packed, state = F.quantize_4bit(
-        dense, quant_type=quant_type, blocksize=blocksize, compress_statistics=nested
+        dense.cpu(), quant_type=quant_type, blocksize=blocksize, compress_statistics=nested
     )
     return QuantizedWeight.from_bitsandbytes(packed, state)
 
@@ -123,7 +129,7 @@ def test_bytes_are_those_of_bitsandbytes(
 
 @cache
 def at_size(dtype: torch.dtype) -> tuple[Tensor, dict[tuple[str, int], QuantizedWeight]]:
-    dense = torch.randn(129, 515, generator=torch.Generator().manual_seed(0)).to(dtype)
+    dense = torch.randn(129, 515, generator=torch.Generator().manual_seed(0), device="cpu").to(dtype)
     settings = [(quant_type, blocksize) for quant_type in QUANT_TYPES for blocksize in BLOCKSIZES]
     return dense, {setting: theirs(dense, *setting) for setting in settings}
 
@@ -133,18 +139,19 @@ def test_bytes_at_size(dtype: torch.dtype, backend: str) -> None:
     """Every setting on an odd count of weights: blocks straddle rows, the last is short."""
     dense, expected = at_size(dtype)
     for (quant_type, blocksize), weight in expected.items():
-        assert_same_bits(quantize_4bit(dense, quant_type, blocksize), weight)
+        assert_same_bits(quantize_4bit(here(dense), quant_type, blocksize), weight)
 
 
 @cache
 def every_number(dtype: torch.dtype, quant_type: str) -> tuple[Tensor, QuantizedWeight]:
     """All numbers up to ±absmax, for absmax of four mantissas, shuffled into blocks."""
-    if dtype == torch.float32:
-        source = ties(quant_type)[:, None] * torch.tensor([1.0, 3.0, 0.7, 1e-3, 1e30])
-    else:
-        every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).float()
-        source = torch.cat([every[every.abs() <= m] for m in (1.0, 1.5, 1.75, 1.1640625)])
-        source = source[torch.randperm(len(source), generator=torch.Generator().manual_seed(1))]
+    with torch.device("cpu"):
+        if dtype == torch.float32:
+            source = ties(quant_type)[:, None] * torch.tensor([1.0, 3.0, 0.7, 1e-3, 1e30])
+        else:
+            every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).float()
+            source = torch.cat([every[every.abs() <= m] for m in (1.0, 1.5, 1.75, 1.1640625)])
+            source = source[torch.randperm(len(source), generator=torch.Generator().manual_seed(1))]
     dense = source.flatten()[None].to(dtype)
     return dense, theirs(dense, quant_type, 64)
 
@@ -153,7 +160,7 @@ def every_number(dtype: torch.dtype, quant_type: str) -> tuple[Tensor, Quantized
 @pytest.mark.parametrize("quant_type", QUANT_TYPES)
 def test_bytes_of_every_number(quant_type: str, dtype: torch.dtype, backend: str) -> None:
     dense, expected = every_number(dtype, quant_type)
-    assert_same_bits(quantize_4bit(dense, quant_type, 64), expected)
+    assert_same_bits(quantize_4bit(here(dense), quant_type, 64), expected)
 
 
 def test_nested_bytes_at_size(one_thread: None) -> None:
