@@ -6,19 +6,20 @@
 //     plain        A = 16 rows of W,  B = 16 rows of x, transposed once per call     C = outᵀ
 //     transposed   A = 16 rows of x,  B = 32 rows of W in pairs                      C = out
 //   a step         32 of the contraction for 2 x 2 C tiles: 4 tile loads, 4 TDPBF16PS
-//   a chunk        up to 20 steps. W's tiles of the next chunk are decoded while this chunk's are multiplied: between
-//                  two steps stand a slice of decoding, of adding C tiles and of writing out finished ones, so that
-//                  the vector units work in the shadow of the tile unit.
+//   a chunk        up to 20 steps. W's tiles of the next chunk are decoded while this chunk's are multiplied:
+//                  between two steps stand a slice of decoding, of adding C tiles and of writing out finished
+//                  ones, so that the vector units work in the shadow of the tile unit.
 //   a panel        32 … 256 outputs; one thread takes a panel through all of its chunks
-//   C              goes out after a chunk to a 4 KB buffer and is added with vector instructions during the next
-//                  block: loading it back into tiles would stall them. With at most 32 rows of x and a panel of 32
-//                  outputs it stays in tiles over all of the contraction.
+//   C              goes out after a chunk to a 4 KB buffer and is added with vector instructions during the
+//                  next block: loading it back into tiles would stall them. With at most 32 rows of x and a
+//                  panel of 32 outputs it stays in tiles over all of the contraction.
 //   addend         the contraction goes on: x with t, W with u, in natural order
 //
-// Decoding 128 weights: 3 shifts, 2 ternary ands, 4 VPERMW, 2 multiplies and a convert for the table, 4 stores: 14
-// vector micro-operations on two ports, 7 cycles; 512 weights (an A tile) 28.
+// Decoding 128 weights: 3 shifts, 2 ternary ands, 4 VPERMW, 2 multiplies and a convert for the table, 4
+// stores: 14 vector micro-operations on two ports, 7 cycles; 512 weights (an A tile) 28.
 //
-//   floor            rows · inner · outputs / 512 cycles of one core, or inner · outputs · 0.56 bytes of memory
+//   floor            rows · inner · outputs / 512 cycles of one core, or inner · outputs · 0.56 bytes of
+//                    memory
 //   rows <= 16       a step is 32 cycles of tiles, 56 of decoding
 //   rows <= 32       64 of tiles, 56 of decoding: both units are full
 //   rows = 64, 256   64 of tiles, 28 and 7 of decoding, 3 … 8 of adding C
@@ -63,19 +64,13 @@ struct AmxKernel : Bf16Panels {
   static constexpr int kPanelColumns = 128;
   static constexpr int kStrip = 128;
   static constexpr bool kAcross = false;  // tiles take rows of A
+  static constexpr bool kGroups = false;  // the Pipeline's
   static constexpr int kMaxRows = 256;
   static constexpr int kRowSplitW = 32;
   static constexpr int kRowSplitX = 32;
   static constexpr int kAlignW = kStepDepth;
   static constexpr int kAlignX = kStepDepth;
   static constexpr double kSerialWork = 1 << 19;
-
-  static bool in_groups(const MatmulParams&) { return false; }
-  static void decode_pairs(const Weight4& w, int64_t row0, int64_t n, int64_t depth, int64_t width,
-                           int64_t o0, int64_t outputs, Bf16* panel) {
-    Bf16Panels::decode_pairs<kStrip>(w, row0, n, depth, width, o0, outputs, panel);
-  }
-  static void decode_columns(const Weight4&, int64_t, int64_t, int64_t, int64_t, int64_t, Bf16*) {}
 
   // C tile N of R x V: zero, loaded or stored, then the next one.
   template <int R, int V, int N = 0>
@@ -149,8 +144,8 @@ struct AmxKernel : Bf16Panels {
 
 // The products of the adapters, which are thin on one side. The other side is read where it lies, once.
 //
-//   few outputs   x Aᵀ, dY B: rows of x are A tiles as they are; the weight, [outputs, inner] by any strides, becomes
-//                 pairs [inner / 2][outputs][2], once per call
+//   few outputs   x Aᵀ, dY B: rows of x are A tiles as they are; the weight, [outputs, inner] by any strides,
+//                 becomes pairs [inner / 2][outputs][2], once per call
 //   few rows      Gᵀ X, Tᵀ dY: rows of the weight become pairs in L2 on their way, 128 columns at a time
 constexpr int64_t kThin = 64;
 constexpr double kThinSerial = 1 << 19;

@@ -18,22 +18,13 @@ struct Bf16Kernel : Bf16Panels {
   static constexpr int kPanelColumns = 128;
   static constexpr int kStrip = 64;
   static constexpr bool kAcross = true;
+  static constexpr bool kGroups = true;
   static constexpr int kMaxRows = 384;
   static constexpr int kRowSplitW = 48;
   static constexpr int kRowSplitX = 12;
   static constexpr int kAlignW = 2;
   static constexpr int kAlignX = 2;
   static constexpr double kSerialWork = 1 << 18;
-
-  static void decode_pairs(const Weight4& w, int64_t row0, int64_t n, int64_t depth, int64_t width,
-                           int64_t o0, int64_t outputs, Bf16* panel) {
-    Bf16Panels::decode_pairs<kStrip>(w, row0, n, depth, width, o0, outputs, panel);
-  }
-
-  static void decode_columns(const Weight4& w, int64_t o0, int64_t outputs, int64_t width, int64_t c,
-                             int64_t depth, Bf16* panel) {
-    Bf16Panels::decode_columns<kStrip>(w, o0, outputs, width, c, depth, panel);
-  }
 
   template <int R, int V>
   static void tile(int64_t pairs, const Bf16* a, int64_t a_stride, int64_t a_step, const Bf16* b,

@@ -1,23 +1,26 @@
-// out[m, o] = alpha * (sum_c x[m, c] w(o, c) + sum_r t[m, r] u[o, r]) + bias[o] + spread(m, o)   (MatmulParams)
+// MatmulParams: out[m, o] = alpha * (sum_c x[m, c] w(o, c) + sum_r t[m, r] u[o, r]) + bias[o] + spread(m, o)
 //
 // One blocked algorithm for every ISA, dtype and direction. A kernel type K multiplies
 //     C[i, j] += sum_p A[i, p] B[p, j]        A: rows, each with its contraction contiguous
 //                                             B: kPair-interleaved rows, [p / kPair][j][kPair]
 // and the weight stands on one side or the other:
 //     A = rows m of x,  B = w(o, c), lanes are outputs,  C = out    x is read where it lies, if it can be
-//     A = rows o of W,  B = x packed once per call,      C = outᵀ   few rows of x against a dense W, and a plain 4-bit W
-//                                                                   that K cannot bring across (K::in_groups)
+//     A = rows o of W,  B = x packed once per call,      C = outᵀ   few rows of x against a dense W, and a
+//                                                                   plain 4-bit W that K cannot bring across:
+//                                                                   K::kGroups, K::in_groups
 // The addend is a last chunk of the contraction (x continues with t, W with u), so it costs rank / inner and
 // no pass over out. W is decoded one panel at a time into a buffer that fits the L2 cache and serves every
-// row of x; nothing of it outlives the call. A panel lies in strips: one of them and a few rows of x fit L1. Of the
-// last chunk, rows are written out a few at a time, while their sums are in L1 and other rows are multiplied.
-// With x where it lies a call is one parallel region: no task waits for another.
+// row of x; nothing of it outlives the call. A panel lies in strips: one of them and a few rows of x fit L1.
+// Of the last chunk, rows are written out a few at a time, while their sums are in L1 and other rows are
+// multiplied. With x where it lies a call is one parallel region: no task waits for another.
 //
 // A contraction is never split between threads and its order is a function of the shape alone: the same bits
 // whatever the number of threads. Rows of x meet only as lanes, never in a sum.
 //
-//   floor      2 * rows * inner * outputs flops at the peak of the multiply, or inner * outputs / 2 bytes of memory
-//   overhead   decode: about 20 cycles per 128 weights, once per task's rows of x (2 * rows cycles of multiply)
+//   floor      2 * rows * inner * outputs flops at the peak of the multiply, or inner * outputs / 2 bytes of
+//              memory
+//   overhead   decode: 14 to 17 cycles per 128 weights transposed (dX), about 10 more plain (bf16, from times
+//              at 32 rows), once per task's rows of x (2 * rows cycles of multiply)
 #pragma once
 
 #include <cstddef>
@@ -29,6 +32,14 @@
 namespace peftkern::PEFTKERN_ISA {
 namespace {
 
+// How A comes of x or t.
+enum class Source {
+  packed,    // beforehand, for all tasks
+  in_place,  // A is x itself
+  across,    // each task makes A for itself of x's columns, which are contiguous
+  copied,    // each task copies x's rows
+};
+
 // Where a panel's values come from: the base weight, then the addend's u.
 struct Segment {
   Matrix x;      // x or t
@@ -38,9 +49,7 @@ struct Segment {
   int64_t length;
   int64_t padded;
   int64_t depth;  // of a chunk: at most K::kDepth, as even as may be
-  bool in_place;  // A is x itself, not a packed copy
-  bool across;    // each task makes A for itself of x's columns, which are contiguous,
-  bool copied;    // … or copies x's rows
+  Source source;
 };
 
 template <class K>
@@ -59,34 +68,30 @@ class Matmul {
   explicit Matmul(const MatmulParams& params)
       : p(params), table(code_registers(code_table(p.weight4.quant_type))) {
     const bool four_bit = p.weight4.packed != nullptr;
-    const bool in_groups = four_bit && K::in_groups(p);
+    bool in_groups = false;
+    if constexpr (K::kGroups) in_groups = four_bit && K::in_groups(p);
     x_rows = p.transposed || (four_bit ? in_groups : p.rows > kFewRows);
     const bool reordered = in_groups && p.transposed;
     const int64_t align = x_rows ? K::kAlignX : K::kAlignW;
     const Matrix dense = p.transposed ? transposed(p.dense) : p.dense;
     segments[0] = segment(p.x, dense, four_bit, reordered, p.inner, align);
     segments[1] = segment(p.t, p.u, false, false, p.rank, align);
-    in_place = true;
-    for (Segment& s : segments) {
-      s.in_place = x_rows && readable(s);
-      const bool apart = x_rows && !s.in_place && own_dtype(s.x);  // of the other tasks
-      s.across = K::kAcross && apart && p.rows > kFewRows && s.x.stride0 == 1;
-      s.copied = apart && !s.across && s.x.stride1 == 1 && p.outputs <= K::kPanelColumns;
-      in_place &= s.in_place || s.across || s.copied;
-    }
+    for (Segment& s : segments) s.source = source(s);
+    one_region = segments[0].source != Source::packed && segments[1].source != Source::packed;
     row_split = x_rows ? K::kRowSplitX : K::kRowSplitW;
     // As even as the tiles allow: 512 rows are 288 + 224, not 384 + 128.
     const int64_t blocks = ceil_div(p.rows, K::kMaxRows);
     block_rows = blocks == 1 ? p.rows : round_up(ceil_div(p.rows, blocks), row_split);
     block_pad = x_rows ? block_rows : round_up(block_rows, kLanes);
-    // An odd number of vectors from row to row: at a power of two the rows of a tile would meet on few cache sets.
+    // An odd number of vectors from row to row: at a power of two the rows of a tile would meet on few cache
+    // sets.
     if (!x_rows && block_pad > 4 * kLanes && block_pad / kLanes % 2 == 0) block_pad += kLanes;
-    // Once x outgrows the L2 cache it streams from L3, once a panel: a panel is then as tall as that cache allows.
+    // Once x outgrows the L2 cache it streams from L3, once a panel: a panel is then as tall as that cache
+    // allows.
     panel_outputs =
         x_rows ? K::kPanelColumns : (block_rows > 64 ? K::kPanelRows : K::kPanelRows / K::kShortPanels);
     // Narrower, when there would be few of them to share out; but each packs x anew if that is left to it.
-    if (x_rows && !segments[0].across && !segments[0].copied &&
-        ceil_div(p.outputs, panel_outputs) * blocks < kTasks * p.threads)
+    if (x_rows && !by_piece(segments[0]) && ceil_div(p.outputs, panel_outputs) * blocks < kTasks * p.threads)
       panel_outputs = kStrip;
   }
 
@@ -98,19 +103,19 @@ class Matmul {
     // Few outputs: the rows of x are what there is to share out, but each share reads all of W.
     const int64_t row_groups = ceil_div(block_rows, row_split);
     const int64_t most = four_bit() ? row_groups : max_of<int64_t>(1, block_rows / kRowsToReadW);
-    const int64_t blocks = in_place ? ceil_div(p.rows, block_rows) : 1;  // that are in hand at the same time
+    const int64_t blocks =
+        one_region ? ceil_div(p.rows, block_rows) : 1;  // that are in hand at the same time
     const int64_t row_splits =
         blocks * panels >= 4 * threads ? 1 : min_of<int64_t>(min_of(row_groups, most), threads);
 
-    const int64_t x_elems = in_place ? 0
-                            : x_rows ? chunks() * block_rows * kRowStride
-                                     : (segments[0].padded + segments[1].padded) * block_pad;
+    const int64_t x_elems = x_rows ? packed_chunks() * block_rows * kRowStride
+                                   : (segments[0].padded + segments[1].padded) * block_pad;
     const size_t x_bytes = align64(static_cast<size_t>(x_elems) * sizeof(Elem));
     const size_t panel_bytes = align64(
         static_cast<size_t>(x_rows ? kDepth * K::kPanelColumns : panel_outputs * kRowStride) * sizeof(Elem));
     const int64_t c_floats = x_rows ? block_rows * K::kPanelColumns : panel_outputs * block_pad;
     const size_t c_bytes = align64(static_cast<size_t>(c_floats) * sizeof(float));
-    const bool pieces = segments[0].across || segments[0].copied || segments[1].across || segments[1].copied;
+    const bool pieces = by_piece(segments[0]) || by_piece(segments[1]);
     const size_t piece_bytes = align64(pieces ? static_cast<size_t>(kPiece * kRowStride) * sizeof(Elem) : 0);
     const size_t per_thread = panel_bytes + c_bytes + piece_bytes;
     char* memory = static_cast<char*>(scratch(x_bytes + per_thread * static_cast<size_t>(threads)));
@@ -133,7 +138,7 @@ class Matmul {
         x_rows ? panel_of_x(w, m0, begin, end, o0, outputs) : panel_of_w(w, m0, begin, end, o0, outputs);
     };
     const int64_t tasks = panels * row_splits;
-    if (in_place) {
+    if (one_region) {
       parallel_tasks(threads, blocks * tasks, [&](int thread, int64_t task) {
         run_task(thread, task / tasks * block_rows, task % tasks);
       });
@@ -168,13 +173,19 @@ class Matmul {
             length,
             padded,
             min_of<int64_t>(kDepth, round_up(ceil_div(padded, count), 64)),
-            false,
-            false,
-            false};
+            Source::packed};
   }
+  Source source(const Segment& s) const {
+    if (!x_rows) return Source::packed;
+    if (readable(s)) return Source::in_place;
+    if (!own_dtype(s.x)) return Source::packed;
+    if (K::kAcross && p.rows > kFewRows && s.x.stride0 == 1) return Source::across;
+    return s.x.stride1 == 1 && p.outputs <= K::kPanelColumns ? Source::copied : Source::packed;
+  }
+  static bool by_piece(const Segment& s) { return s.source == Source::across || s.source == Source::copied; }
   bool four_bit() const { return p.weight4.packed != nullptr; }
-  // Whole steps of the multiply, and rows of x that do not all meet on a few cache sets: a narrow panel has tiles of
-  // many rows.
+  // Whole steps of the multiply, and rows of x that do not all meet on a few cache sets: a narrow panel has
+  // tiles of many rows.
   bool readable(const Segment& s) const {
     const bool own = own_dtype(s.x) && s.x.stride1 == 1;
     const bool apart = s.x.stride0 * static_cast<int64_t>(sizeof(Elem)) % 2048 != 0 || p.outputs > 2 * kLanes;
@@ -186,6 +197,11 @@ class Matmul {
   static size_t align64(size_t bytes) { return (bytes + 63) & ~static_cast<size_t>(63); }
   static int64_t chunks(const Segment& s) { return s.padded ? ceil_div(s.padded, s.depth) : 0; }
   int64_t chunks() const { return chunks(segments[0]) + chunks(segments[1]); }
+  int64_t packed_chunks() const {
+    int64_t count = 0;
+    for (const Segment& s : segments) count += s.source == Source::packed ? chunks(s) : 0;
+    return count;
+  }
 
   // B operand: rows m of x become lanes. x_packed[q][m][kPair], q over both segments; missing rows are zero.
   void pack_columns(int64_t m0, int64_t rows, int64_t group) {
@@ -218,7 +234,7 @@ class Matmul {
   void pack_rows(int64_t m0, int64_t begin, int64_t end) {
     Elem* chunk = x_packed;
     for (const Segment& s : segments) {
-      if (s.in_place || s.across || s.copied) continue;
+      if (s.source != Source::packed) continue;
       for (int64_t c = 0; c < s.padded; c += s.depth, chunk += block_rows * kRowStride) {
         const int64_t depth = min_of(s.depth, s.padded - c);
         const int64_t n = max_of<int64_t>(0, min_of(depth, s.length - c));
@@ -235,7 +251,8 @@ class Matmul {
     }
   }
 
-  // The same for x whose columns are contiguous: kLanes rows at most, kPair columns make a word, words are transposed.
+  // The same for x whose columns are contiguous: kLanes rows at most, kPair columns make a word, words are
+  // transposed.
   void pack_rows_across(const Matrix& x, int64_t m, int64_t rows, int64_t c, int64_t n, int64_t depth,
                         Elem* out) const {
     constexpr int kStep = Vec::kWidth * kPair;
@@ -322,23 +339,24 @@ class Matmul {
     bool empty = true;
     const Elem* packed = x_packed + begin * kRowStride;
     for (const Segment& s : segments) {
+      const bool across = s.source == Source::across, copied = s.source == Source::copied;
+      const bool whole = copied || s.source == Source::in_place;  // rows of x
       for (int64_t c = 0; c < s.padded; c += s.depth) {
         const int64_t depth = min_of(s.depth, s.padded - c);
         const int64_t n = max_of<int64_t>(0, min_of(depth, s.length - c));
         fill_panel(s, o0, outputs, c, n, depth, w.panel);
-        const bool whole = s.in_place || s.copied;  // rows of x
         const Elem* a = whole ? static_cast<const Elem*>(s.x.data) + (m0 + begin) * s.x.stride0 + c : packed;
         const int64_t a_stride = whole ? s.x.stride0 : kRowStride;
-        if (!whole && !s.across) packed += block_rows * kRowStride;
+        if (s.source == Source::packed) packed += block_rows * kRowStride;
         const bool last = !--left;
         for (int64_t m = begin; m < end; m += kPiece, a += kPiece * a_stride) {
           const int64_t rows = min_of(kPiece, end - m);
           for (int64_t r = rows; whole && r < rows + min_of(kPiece, end - m - rows); ++r)
             prefetch_elems(a, r * a_stride, depth);
-          if (s.across) pack_across(s.x, m0 + m, rows, c, n, depth, w.piece);
-          if (s.copied) copy_rows(a, a_stride, rows, n, depth, w.piece);
-          const Elem* from = s.copied ? w.piece : a;
-          const int64_t stride = s.copied ? kRowStride : a_stride;
+          if (across) pack_piece(s.x, m0 + m, rows, c, n, depth, w.piece);
+          if (copied) copy_rows(a, a_stride, rows, n, depth, w.piece);
+          const Elem* from = copied ? w.piece : a;
+          const int64_t stride = copied ? kRowStride : a_stride;
           if (last) epilogue.prefetch(m0 + m, rows, o0, outputs);
           // With one chunk what is written out is all that becomes of C: it stays in L1.
           float* sums = w.c + (last && empty ? 0 : m * kColumns);
@@ -346,7 +364,7 @@ class Matmul {
             const int64_t vectors = ceil_div(min_of(kStrip, outputs - j), kLanes);
             const Elem* b = w.panel + j * depth;
             if constexpr (K::kAcross) {
-              if (s.across) {
+              if (across) {
                 K::multiply_across(rows, vectors, depth / kPair, w.piece, kPiece * kPair, b, kStrip * kPair,
                                    sums + j, kColumns, empty);
                 continue;
@@ -362,9 +380,10 @@ class Matmul {
     }
   }
 
-  // A from x whose columns are contiguous: out[q][r][kPair] = x[m + r, c + kPair q …], r < kPiece, zero from n on.
-  static void pack_across(const Matrix& x, int64_t m, int64_t rows, int64_t c, int64_t n, int64_t depth,
-                          Elem* out) {
+  // A from x whose columns are contiguous: out[q][r][kPair] = x[m + r, c + kPair q …], r < kPiece, zero from
+  // n on.
+  static void pack_piece(const Matrix& x, int64_t m, int64_t rows, int64_t c, int64_t n, int64_t depth,
+                         Elem* out) {
     if constexpr (K::kAcross) {
       static constexpr Elem kZeros[kPiece] = {};
       for (int64_t q = 0; q < depth; q += kPair, out += kPiece * kPair) {
@@ -394,9 +413,12 @@ class Matmul {
   // The panel of a chunk in strips: [j / kStrip][q][j % kStrip][kPair], zero from n on.
   void fill_panel(const Segment& s, int64_t o0, int64_t outputs, int64_t c, int64_t n, int64_t depth,
                   Elem* panel) const {
-    if (s.reordered) return K::decode_pairs(p.weight4, c, n, depth, p.outputs, o0, outputs, panel);
-    if (s.four_bit && !p.transposed)
-      return K::decode_columns(p.weight4, o0, outputs, p.inner, c, depth, panel);
+    if constexpr (K::kGroups) {
+      if (s.reordered)
+        return K::template decode_pairs<kStrip>(p.weight4, c, n, depth, p.outputs, o0, outputs, panel);
+      if (s.four_bit && !p.transposed)
+        return K::template decode_columns<kStrip>(p.weight4, o0, outputs, p.inner, c, depth, panel);
+    }
     const bool in_order = !segments[0].reordered;
     if (!s.four_bit && s.dense.stride1 == 1 && in_order)
       return pack_pairs(s.dense, o0, outputs, c, n, depth, panel);
@@ -417,9 +439,9 @@ class Matmul {
           read_row(transposed(s.dense), c + q + i, o0, outputs, row);
         }
         std::memset(row + filled, 0, static_cast<size_t>(padded - filled) * sizeof(Elem));
-        // C's columns are in W's order: the addend's follow it
-        if (!in_order)
-          for (int64_t o = 0; o < outputs; o += K::kGroup) K::reorder(row + o);
+        if constexpr (K::kGroups) {  // C's columns are in W's order: the addend's follow it
+          for (int64_t o = 0; !in_order && o < outputs; o += K::kGroup) K::reorder(row + o);
+        }
       }
       if constexpr (kPair > 1) {
         for (int64_t j = 0; j < padded; j += kStrip)
@@ -447,17 +469,22 @@ class Matmul {
 
   void write_rows(const Epilogue& epilogue, int64_t m, int64_t rows, int64_t o, int64_t outputs,
                   const float* c) const {
-    if (!segments[0].reordered) return epilogue.write_rows(m, rows, o, outputs, c, K::kPanelColumns);
-    alignas(64) float out[K::kPanelColumns];
-    for (int64_t r = 0; r < rows; ++r, c += K::kPanelColumns) {
-      for (int64_t i = 0; i < outputs; i += K::kGroup) K::restore(c + i, out + i);
-      epilogue.write_rows(m + r, 1, o, outputs, out, 0);
+    if constexpr (K::kGroups) {
+      if (segments[0].reordered) {
+        alignas(64) float out[K::kPanelColumns];
+        for (int64_t r = 0; r < rows; ++r, c += K::kPanelColumns) {
+          for (int64_t i = 0; i < outputs; i += K::kGroup) K::restore(c + i, out + i);
+          epilogue.write_rows(m + r, 1, o, outputs, out, 0);
+        }
+        return;
+      }
     }
+    epilogue.write_rows(m, rows, o, outputs, c, K::kPanelColumns);
   }
 
-  // B from a matrix whose contraction is contiguous: panel[j / kStrip][q][j % kStrip][kPair] = dense[o0 + j, c + kPair q …],
-  // transposed word by word; zero beyond n and beyond `outputs`. What a short chunk leaves beyond its strip, the next
-  // strip overwrites.
+  // B from a matrix whose contraction is contiguous, transposed word by word:
+  // panel[j / kStrip][q][j % kStrip][kPair] = dense[o0 + j, c + kPair q …], zero beyond n and `outputs`.
+  // What a short chunk leaves beyond its strip, the next strip overwrites.
   void pack_pairs(const Matrix& dense, int64_t o0, int64_t outputs, int64_t c, int64_t n, int64_t depth,
                   Elem* panel) const {
     constexpr int kStep = Vec::kWidth * kPair;
@@ -493,7 +520,7 @@ class Matmul {
   const CodeTable table;
   Segment segments[2];
   bool x_rows;        // A is rows of x, not of W
-  bool in_place;      // nothing of x is packed beforehand
+  bool one_region;    // no Source::packed: no tasks have to be through before the others start
   int64_t row_split;  // rows of x that one task has at least
   int64_t block_rows, block_pad;
   int64_t panel_outputs;

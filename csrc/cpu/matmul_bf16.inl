@@ -3,11 +3,14 @@
 //
 // Decoding 128 weights (64 bytes) costs 3 shifts, 4 ternary ands, 4 VPERMW and one 32-entry table. A 16-bit
 // word holds four nibbles; shifting it right by 4, 0, 12, 8 brings weight 0, 1, 2, 3 of the word to the
-// bottom, where VPERMW looks them up. No shuffle puts them back in order: of a group of 64 weights (16 words),
+// bottom, where VPERMW looks them up. Along a row weights so come in stride 4, and no shuffle puts them back
+// in order: of a group of 64 weights (16 words),
 //     value[16 j + i] = weight 4 i + j          j < 4, i < 16
-// and x is brought into the same order (few rows), or the result is put in order at the end (transposed). The
-// plain product's panels need pairs of one row in neighbouring lanes and go another way, see decode_columns. The table holds bf16(code * absmax) for two blocks of 16 codes: the values that dequantize
-// gives, but for subnormals, which these levels take as zeros.
+//     few rows      x is brought into the same order
+//     transposed    the result is put in order at the end
+//     plain         two neighbours of a row have to share a lane: they are decoded otherwise, decode_columns
+// The table holds bf16(code * absmax) for two blocks of 16 codes: the values that dequantize gives, but for
+// subnormals, which these levels take as zeros.
 #pragma once
 
 #include "cpu/matmul.inl"
@@ -122,8 +125,9 @@ struct Bf16Panels {
     }
   }
 
-  // Rows o0 … o0 + outputs of W [.., width], columns c … c + depth (both multiples of 64), brought across: each word of
-  // packed bytes becomes two dwords, weights 0 and 1 and weights 2 and 3, and 16 rows of dwords are transposed.
+  // Rows o0 … o0 + outputs of W [.., width], columns c … c + depth (both multiples of 64), brought across:
+  // each word of packed bytes becomes two dwords, weights 0 and 1 and weights 2 and 3, and 16 rows of dwords
+  // are transposed.
   // panel[strip][q][j][2] = W[o0 + j, c + 2 q + {0, 1}], zero beyond `outputs`.
   template <int64_t kStrip>
   static void decode_columns(const Weight4& w, int64_t o0, int64_t outputs, int64_t width, int64_t c,
@@ -359,8 +363,8 @@ inline void dot_group(const MatmulParams& p, const DotTask& task, int64_t m0, co
     const int64_t block = round_up(ceil_div(p.inner, blocks), 128);
     for (int64_t begin = 0; begin < p.inner; begin += block) {
       const int64_t end = min_of(begin + block, p.inner);
-      // The packed bytes to prefetch: those of the row kDotAhead further on in this block of x, then in the next
-      // block, then in the next task.
+      // The packed bytes to prefetch: those of the row kDotAhead further on in this block of x, then in the
+      // next block, then in the next task.
       const int64_t row_bytes = p.inner / 2;
       const int64_t wrap = end < p.inner ? block / 2 - rows * row_bytes : -(begin / 2);
       const auto ahead = [&](int64_t r) { return kDotAhead * row_bytes + (r + kDotAhead < rows ? 0 : wrap); };
@@ -395,14 +399,14 @@ inline void dot_group(const MatmulParams& p, const DotTask& task, int64_t m0, co
   }
 }
 
-// Rows of x in groups as even as may be: 9 are 3 + 3 + 3. The first group brings a task's W into L2, the others find
-// it there; a group's share of x stays in L1, which more rows at once would not.
+// Rows of x in groups as even as may be: 9 are 3 + 3 + 3. The first group brings a task's W into L2, the
+// others find it there; a group's share of x stays in L1, which more rows at once would not.
 inline int64_t dot_group_begin(int64_t rows, int64_t group) {
   return rows * group / ceil_div(rows, kDotGroup);
 }
 
-// Plain, few rows, and units of W that lie within one row and one block. A dense W is read anew for every group of rows;
-// with few outputs that costs less than bringing it into pairs.
+// Plain, few rows, and units of W that lie within one row and one block. A dense W is read anew for every
+// group of rows; with few outputs that costs less than bringing it into pairs.
 inline bool dot_applies(const MatmulParams& p, int64_t most) {
   const int64_t unit = p.weight4.log2_blocksize == 5 ? 32 : 64;
   if (p.transposed || p.inner == 0) return false;

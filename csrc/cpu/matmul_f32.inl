@@ -24,14 +24,8 @@ struct F32Kernel {
   static constexpr int kRowSplitX = kAccumulators / kMaxVectors * 2;
   static constexpr int kAlignW = 1;
   static constexpr int kAlignX = 1;
-  static constexpr int kGroup = 1;  // panels are in natural order
+  static constexpr bool kGroups = false;  // panels are in natural order
   static constexpr double kSerialWork = 1 << 17;
-
-  static bool in_groups(const MatmulParams&) { return false; }
-  static void reorder(float*) {}
-  static void restore(const float*, float*) {}
-  static void decode_pairs(const Weight4&, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, float*) {}
-  static void decode_columns(const Weight4&, int64_t, int64_t, int64_t, int64_t, int64_t, float*) {}
 
   template <int R, int V>
   static void tile(int64_t depth, const float* a, int64_t a_stride, int64_t, const float* b, int64_t b_stride,
