@@ -87,7 +87,6 @@ def cases(capability: int, everything: bool) -> Iterator[Case]:
     """Every tile of the tables with a LoRA addend and bias, then each other choice on one of them, or on each
     for `everything`."""
     from peftkern.triton_kernels import (
-        blocks,
         choices,
         compress,
         dequantize,
@@ -160,13 +159,13 @@ def cases(capability: int, everything: bool) -> Iterator[Case]:
     def several(M: int, transposed: bool, size: int, based: bool, dtype: torch.dtype) -> Iterator[Case]:
         """MoRA of several blocks, which divide K and N or do not, with a base and alone."""
         count = -(-K // size)
-        u, x = _empty(count, size, size, dtype=dtype), _empty(M, K, dtype=dtype)
+        u, x = _empty(size, count * size, dtype=dtype), _empty(M, K, dtype=dtype)
         (base, weight) = (
             (x, _weight(N, K, "nf4", 64, False)) if based else (x[:, :0], _empty(N, 0, dtype=dtype))
         )
         weight = weight if based or not transposed else weight.t()
         out = _empty(M, N, dtype=dtype)
-        (main, *_) = matmul.plan(machine, out, base, weight, transposed, 1.0, x, u, None, None, count)
+        (main, *_) = matmul.plan(machine, out, base, weight, transposed, 1.0, x, u, None, None, (count, 1.0))
         a, kernel = main.arguments, main.kernel.__name__
         tile = f"{a['BLOCK_O']}x{a['BLOCK_M']}x{a['BLOCK_C']} {main.warps} warps {main.stages} stages"
         how = f"{'dX' if transposed else 'Y'} {tile}, MoRA in blocks of {size} {dtype}".replace("torch.", "")
@@ -182,10 +181,6 @@ def cases(capability: int, everything: bool) -> Iterator[Case]:
             yield from several(512, transposed, size, True, fp32)
             yield from several(512, transposed, size, False, bf16)
         yield from several(512, transposed, 256, False, fp32)
-    turned = blocks.plan_turn(
-        _empty(16, 256, 256, dtype=bf16), _empty(256, 256, dtype=fp32), _empty(16, 2, 128, dtype=fp32), 1.0
-    )
-    yield Case("turn", "", [turned], False)
 
     def thin(x: Tensor, w: Tensor, transposed: bool, out: Tensor, name: str) -> Iterator[Case]:
         main = matmul.plan(machine, out, x, w, transposed, 1.0, None, None, None, None)[0]

@@ -27,8 +27,8 @@ What a correct kernel may do, and nothing more:
 - MoRA: z = compress(x) and g = compress(dY) are fp32 sums of x's columns (in type 6 rotated in fp32 by a
   table of fp32 cosines and sines), rounded to x's dtype, so their error travels on; z Mᵀ and g M are outputs
   of fp32, and enter the base product's sum as they are;
-- MoRA of several blocks on triton: M instead of x is turned back for each block, in fp32, scaled, and rounded
-  to the compute type; dM is made as elsewhere;
+- MoRA of several blocks on triton: M instead of x is turned back for each block, in fp32, and rounded to the
+  compute type; dM is made as elsewhere;
 - values below fp32's smallest normal 2^-126 may be flushed to zero (AVX512_BF16 and AMX do so).
 """
 
@@ -309,14 +309,13 @@ def mora(
         count = middle // rank
         u = exact(matrix.double().repeat(1, count))
         u = u if turns is None else rotated(u, rank, turns, inverse=True)
-        u = Approx(scaling * u.value, abs(scaling) * u.error, abs(scaling) * u.typical)
-        u = u.plus(2.0 * U32).rounded(compute)  # s in fp32, the product
+        u = u.rounded(compute)
 
         def block(m: Approx, b: int) -> Approx:
             return Approx(*(part[:, b * rank : (b + 1) * rank] for part in (m.value, m.error, m.typical)))
 
         squares = [block(u, b).t() if adjoint else block(u, b) for b in range(count)]
-        found = [matmul(block(a, b), square, torch.float32) for b, square in enumerate(squares)]
+        found = [matmul(block(a, b), square, torch.float32, scaling) for b, square in enumerate(squares)]
         return Approx(
             torch.cat([f.value for f in found], 1),
             torch.cat([f.error for f in found], 1),

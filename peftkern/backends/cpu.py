@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -57,29 +58,7 @@ def matmul(
     _cpu.matmul(out, x, weight, transposed, alpha, t, u, bias, spread, get_num_threads())
 
 
-def matmul_dense(
-    out: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    transposed: bool = False,
-    t: Tensor | None = None,
-    u: Tensor | None = None,
-    bias: Tensor | None = None,
-    spread: Spread | None = None,
-) -> None:
-    gemm_onto(matmul, out, x, weight, transposed, t, u, bias, spread)
-
-
-def output_grads(
-    G: Tensor | None,
-    dB: Tensor | None,
-    dbias: Tensor | None,
-    dY: Tensor,
-    B: Tensor | None,
-    T: Tensor | None,
-    alpha: float,
-) -> None:
-    product_by_product(matmul, G, dB, dbias, dY, B, T, alpha)
+matmul_dense = partial(gemm_onto, matmul)
 
 
 def dequantize(out: Tensor, weight: Weight4) -> None:
@@ -113,7 +92,7 @@ BACKEND = Backend(
     rows={
         "matmul": matmul,
         "matmul_dense": matmul_dense,
-        "output_grads": output_grads,
+        "output_grads": partial(product_by_product, matmul),
         "dequantize": dequantize,
         "quantize": quantize,
         "dropout": dropout,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -49,18 +51,6 @@ def matmul_dense(
     matmul(out, x, weight, transposed, 1.0, t, u, bias, spread)
 
 
-def output_grads(
-    G: Tensor | None,
-    dB: Tensor | None,
-    dbias: Tensor | None,
-    dY: Tensor,
-    B: Tensor | None,
-    T: Tensor | None,
-    alpha: float,
-) -> None:
-    product_by_product(matmul, G, dB, dbias, dY, B, T, alpha)
-
-
 def compress(
     out: Tensor,
     x: Tensor,
@@ -101,7 +91,7 @@ BACKEND = Backend(
     rows={
         "matmul": matmul,
         "matmul_dense": matmul_dense,
-        "output_grads": output_grads,
+        "output_grads": partial(product_by_product, matmul),
         "compress": compress,
         "blocks": _BLOCKS.product,
         "blocks_grad": _BLOCKS.grad,

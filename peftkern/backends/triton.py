@@ -14,7 +14,7 @@ import importlib.metadata
 import importlib.util
 import os
 from contextlib import nullcontext
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -126,17 +126,7 @@ def _dequantized(x: Tensor, weight: Weight4) -> Tensor | None:
     return scratch
 
 
-def matmul_dense(
-    out: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    transposed: bool = False,
-    t: Tensor | None = None,
-    u: Tensor | None = None,
-    bias: Tensor | None = None,
-    spread: Spread | None = None,
-) -> None:
-    gemm_onto(matmul, out, x, weight, transposed, t, u, bias, spread)
+matmul_dense = partial(gemm_onto, matmul)
 
 
 def output_grads(
@@ -206,20 +196,21 @@ def blocks(
     width: int,
 ) -> None:
     from peftkern.triton_kernels import matmul as kernels
-    from peftkern.triton_kernels.blocks import plan_turn
 
     size, outputs = matrix.shape[0], out.shape[1]
     if x.shape[0] == 0 or outputs == 0:
         return
-    u = x.new_empty(1 if rotation is None else width // size, size, size)
-    _run([plan_turn(u, matrix, rotation, scaling)], x.device)
+    u = matrix
+    if rotation is not None:  # the matrix, turned back for each block
+        u = x.new_empty(size, width)
+        compress(u, matrix, False, width, rotation, True)
     dense = _dequantized(x, weight) if isinstance(weight, tuple) else weight
     factor: Tensor = x
     if dense is not None or weight is None:  # the addend alone, onto which cuBLAS adds
         factor, weight = x[:, :0], x.new_empty((0, outputs) if transposed else (outputs, 0))
     machine = _machine(x.device)
-    plan = kernels.plan(machine, out, factor, weight, transposed, 1.0, x, u, bias, None, width // size)
-    _run(plan, x.device)
+    middle = (width // size, scaling)
+    _run(kernels.plan(machine, out, factor, weight, transposed, 1.0, x, u, bias, None, middle), x.device)
     if dense is not None:
         out.addmm_(x, dense if transposed else dense.t())
 

@@ -297,13 +297,6 @@ def output_grads(
     return G, dB, dbias
 
 
-def sum_rows(row: Primitive | None, dY: Tensor, dtype: torch.dtype) -> Tensor:
-    """dbias alone."""
-    _, _, dbias = output_grads(row is None, dY, None, None, 1.0, None, dtype)
-    assert dbias is not None
-    return dbias
-
-
 def dropout(traced: bool, x: Tensor, p: float, seed: Tensor) -> Tensor:
     """x where kept, else 0; unscaled, hence exact. Backward repeats the mask from (seed, element)."""
     if traced:

@@ -37,9 +37,9 @@ from peftkern.ops.linear import (
     matmul_row,
     needs_graph,
     no_double_backward,
+    output_grads,
     refuse,
     register,
-    sum_rows,
     thin_matmul,
     weight4,
 )
@@ -312,12 +312,12 @@ def _save(
 def _backward(ctx: Any, traced: bool, grad: Tensor) -> tuple[Any, ...]:
     """The gradients of x, matrix, bias and the dense W."""
     x, matrix, z, dense, packed, absmax, absmax2, code, offset = ctx.saved_tensors
-    needs_x, needs_M, needs_bias, needs_W = ctx.needs_input_grad[:4]
+    needs_x, needs_M, _, needs_W = ctx.needs_input_grad[:4]
     spec, kind, scaling, inputs, size, matrix_dtype, bias_dtype = ctx.settings
     dY = as_rows(grad, grad.shape[-1])
     row = matmul_row(traced, dY)
     weight = dense if packed is None else weight4(packed, absmax, absmax2, code, offset, spec)
-    dx = dM = dbias = dW = None
+    dx = dM = dW = None
     if needs_x or needs_M:
         plan = _plan(kind, size, inputs, dY.shape[1])
         if plan.blocks == 1:
@@ -337,8 +337,7 @@ def _backward(ctx: Any, traced: bool, grad: Tensor) -> tuple[Any, ...]:
             dx, dM = dx if needs_x else None, dM.to(matrix_dtype) if needs_M else None
     if dx is not None and grad.ndim != 2:
         dx = dx.view(*grad.shape[:-1], inputs)
-    if needs_bias:
-        dbias = sum_rows(row, dY, bias_dtype)
+    _, _, dbias = output_grads(traced, dY, None, None, 1.0, None, bias_dtype)
     if needs_W:
         dW = torch.mm(dY.t(), as_rows(x, inputs))
     return dx, dM, dbias, dW

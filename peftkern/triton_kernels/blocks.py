@@ -1,51 +1,19 @@
 """MoRA of several blocks as an addend of the product: M is turned, not x.
 
 Block b of the middle is z_b = R_b x̃_b, with R_b the turn of that block, and v_b = M z_b = (M R_b) x̃_b. With
-U_b = s M R_b, made once for all rows, type 6 is a few steps more of the same sum for a tile of outputs, in
-which x is read where it lies, and its adjoint reads the same U. Nothing as wide as x or y is made. U has
-n r̂² ≈ I r̂ numbers: 2 MB at 4096² and r̂ = 256, beside 8 MB of W and 4 MB of x at 512 rows; the multiply-adds
-are r̂ / I more, 6 %. At a few rows, too, one launch that writes U beside W's 8 MB costs less than those that
-turn x and multiply it.
+U_b = M R_b, made once for all rows (by `compress`, which turns M's rows back), type 6 is a few steps more of
+the same sum for a tile of outputs, in which x is read where it lies, and its adjoint reads the same U.
+Nothing as wide as x or y is made. U has n r̂² ≈ I r̂ numbers: 2 MB at 4096² and r̂ = 256, beside 8 MB of W and 4
+MB of x at 512 rows; the multiply-adds are r̂ / I more, 6 %. At a few rows, too, one launch that writes U
+beside W's 8 MB costs less than those that turn x and multiply it.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from peftkern.triton_kernels.arithmetic import brought_to, dot, rounded, widened
-from peftkern.triton_kernels.launch import Launch
-
-NUMBERS = 1024  # of a program of `turn`
-
-
-@triton.jit
-def turn(
-    out, matrix, rotation, size, stride_row, stride_column, scaling,
-    NUMBERS: tl.constexpr,
-):  # fmt: skip
-    """out [n, r̂, r̂], contiguous: scaling · M R_b; rotation [n, 2, r̂ / 2] or None."""
-    per_block = tl.cdiv(size * size, NUMBERS)
-    block = (tl.program_id(0) // per_block).to(tl.int64)
-    flat = (tl.program_id(0) % per_block).to(tl.int64) * NUMBERS + tl.arange(0, NUMBERS)
-    mask = flat < size * size
-    line = matrix + flat // size * stride_row
-    q = flat % size
-    value = widened(tl.load(line + q * stride_column, mask=mask, other=0.0))
-    if rotation is not None:
-        half = size // 2
-        lower = q < half
-        other = widened(
-            tl.load(line + tl.where(lower, q + half, q - half) * stride_column, mask=mask, other=0.0)
-        )
-        table = rotation + block * size + tl.where(lower, q, q - half)
-        cosine = tl.load(table, mask=mask, other=0.0)
-        sine = tl.load(table + half, mask=mask, other=0.0)
-        value = tl.where(lower, value * cosine + other * sine, value * cosine - other * sine)
-    tl.store(out + block * size * size + flat, rounded(value * scaling, out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -81,12 +49,12 @@ def _summed_at(t, row, start, r, size, width, columns, stride_tm, stride_tr, COM
 
 @triton.jit
 def blocks_addend(
-    acc, t, u, row, column, first_column, outputs, size, count, columns, stride_tm, stride_tr, stride_ub,
-    stride_uo, stride_ur,
+    acc, t, u, row, column, first_column, outputs, size, count, columns, scaling, stride_tm, stride_tr,
+    stride_ub, stride_uo, stride_ur,
     ADJOINT: tl.constexpr, ALIGNED: tl.constexpr, LOCAL: tl.constexpr, COMPUTE: tl.constexpr,
     BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """acc[o, m] += the addend of output o, of blocks of `size` inputs and outputs, `count` of them, width =
+    """scaling · (acc[o, m] + the addend of output o), of `count` blocks of `size` inputs and outputs, width =
     size · count; t [M, columns], u [block, o, r] by its strides; column [o] begins at first_column.
 
     plain:    sum_r u[b, i, r] x̃[m, b · size + r], o = (block of repetition) · size + i, x̃ repeating t
@@ -121,22 +89,6 @@ def blocks_addend(
                     t_tile = _summed_at(t, row, at, r, size, width, columns, stride_tm, stride_tr, COMPUTE)
                 else:
                     t_tile = _wrapped_at(t, row, at, r, size, columns, stride_tm, stride_tr, ALIGNED)
-                part = dot(u_tile, brought_to(t_tile, COMPUTE), part, PRECISION)
+                part = dot(brought_to(u_tile, COMPUTE), brought_to(t_tile, COMPUTE), part, PRECISION)
             acc = tl.where(mine, acc + part, acc) if LOCAL else part
-    return acc
-
-
-def plan_turn(out: Tensor, matrix: Tensor, rotation: Tensor | None, scaling: float) -> Launch:
-    """out [n, r̂, r̂], contiguous, of n blocks, or of one for all of them where nothing turns."""
-    count, size, _ = out.shape
-    arguments: dict[str, Any] = {
-        "out": out,
-        "matrix": matrix,
-        "rotation": rotation,
-        "size": size,
-        "stride_row": matrix.stride(0),
-        "stride_column": matrix.stride(1),
-        "scaling": float(scaling),
-        "NUMBERS": NUMBERS,
-    }
-    return Launch(turn, (-(-size * size // NUMBERS) * count,), arguments)
+    return acc * scaling

@@ -131,21 +131,30 @@ def _finish_tile(
 
 @triton.jit
 def _addend(
-    acc, t, u, row, column, rank, stride_tm, stride_tr, stride_uo, stride_ur,
+    acc, t, u, row, column, first_column, outputs, rank, blocks, t_columns, scaling, stride_tm, stride_tr,
+    stride_ub, stride_uo, stride_ur,
+    BLOCKS: tl.constexpr, ADJOINT: tl.constexpr, ALIGNED: tl.constexpr, LOCAL: tl.constexpr,
     COMPUTE: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """acc[o, m] += sum_r u[o, r] t[m, r]; row [m] and column [o] are inside the matrices."""
-    for first in range(0, rank, BLOCK_R):
-        r = first + tl.arange(0, BLOCK_R).to(tl.int64)
-        inside = r < rank
-        u_tile = tl.load(
-            u + column[:, None] * stride_uo + r[None, :] * stride_ur, mask=inside[None, :], other=0.0
-        )
-        t_tile = tl.load(
-            t + row[None, :] * stride_tm + r[:, None] * stride_tr, mask=inside[:, None], other=0.0
-        )
-        acc = dot(brought_to(u_tile, COMPUTE), brought_to(t_tile, COMPUTE), acc, PRECISION)
-    return acc
+    """acc[o, m] += sum_r u[o, r] t[m, r], or that of BLOCKS; row [m], column [o] are inside the matrices."""
+    if BLOCKS:
+        return blocks_addend(
+            acc, t, u, row, column, first_column, outputs, rank, blocks, t_columns, scaling, stride_tm,
+            stride_tr, stride_ub, stride_uo, stride_ur,
+            ADJOINT, ALIGNED, LOCAL, COMPUTE, BLOCK_R, PRECISION,
+        )  # fmt: skip
+    else:
+        for first in range(0, rank, BLOCK_R):
+            r = first + tl.arange(0, BLOCK_R).to(tl.int64)
+            inside = r < rank
+            u_tile = tl.load(
+                u + column[:, None] * stride_uo + r[None, :] * stride_ur, mask=inside[None, :], other=0.0
+            )
+            t_tile = tl.load(
+                t + row[None, :] * stride_tm + r[:, None] * stride_tr, mask=inside[:, None], other=0.0
+            )
+            acc = dot(brought_to(u_tile, COMPUTE), brought_to(t_tile, COMPUTE), acc, PRECISION)
+        return acc
 
 
 @triton.jit
@@ -165,7 +174,7 @@ def matmul_4bit(
     out, x, packed, absmax, t, u, bias, values,
     M, outputs, inner, line, rank, P, length,
     stride_out_m, stride_out_o, stride_xm, stride_xc, stride_tm, stride_tr, stride_uo, stride_ur, stride_bias,
-    stride_values, x_step, steps_per_split, alpha, blocks, t_columns, stride_ub,
+    stride_values, x_step, steps_per_split, alpha, blocks, t_columns, stride_ub, scaling,
     NF4: tl.constexpr, LOG2_BLOCK: tl.constexpr, SCALE_COLUMNS: tl.constexpr,
     TRANSPOSED: tl.constexpr, WORDS: tl.constexpr, SPLIT: tl.constexpr, GROUPED: tl.constexpr,
     COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
@@ -200,17 +209,11 @@ def matmul_4bit(
     if t is not None:  # noqa: SIM102 (known when compiled; the next is not)
         if split == 0:
             at = tl.minimum(tile_o * BLOCK_O + order, outputs - 1).to(tl.int64)
-            if BLOCKS:
-                acc = blocks_addend(
-                    acc, t, u, row, at, tile_o * BLOCK_O, outputs, rank, blocks, t_columns, stride_tm,
-                    stride_tr, stride_ub, stride_uo, stride_ur,
-                    TRANSPOSED, ALIGNED, False, COMPUTE, BLOCK_R, PRECISION,
-                )  # fmt: skip
-            else:
-                acc = _addend(
-                    acc, t, u, row, at, rank, stride_tm, stride_tr, stride_uo, stride_ur,
-                    COMPUTE, BLOCK_R, PRECISION,
-                )  # fmt: skip
+            acc = _addend(
+                acc, t, u, row, at, tile_o * BLOCK_O, outputs, rank, blocks, t_columns, scaling, stride_tm,
+                stride_tr, stride_ub, stride_uo, stride_ur,
+                BLOCKS, TRANSPOSED, ALIGNED, False, COMPUTE, BLOCK_R, PRECISION,
+            )  # fmt: skip
 
     if WORDS:
         if TRANSPOSED:
@@ -285,7 +288,7 @@ def matmul_dense(
     out, x, weight, t, u, bias, values,
     M, outputs, inner, rank, P, length,
     stride_out_m, stride_out_o, stride_xm, stride_xc, stride_wo, stride_wc, stride_tm, stride_tr, stride_uo,
-    stride_ur, stride_bias, stride_values, steps_per_split, alpha, blocks, t_columns, stride_ub,
+    stride_ur, stride_bias, stride_values, steps_per_split, alpha, blocks, t_columns, stride_ub, scaling,
     SPLIT: tl.constexpr, GROUPED: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_O: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
     GROUP: tl.constexpr, PARTS: tl.constexpr, EVEN_M: tl.constexpr, EVEN_C: tl.constexpr,
@@ -313,17 +316,11 @@ def matmul_dense(
     if t is not None:  # noqa: SIM102 (known when compiled; the next is not)
         if split == 0:
             at_m, at_o = tl.minimum(row, M - 1), tl.minimum(column, outputs - 1)
-            if BLOCKS:
-                acc = blocks_addend(
-                    acc, t, u, at_m, at_o, tile_o * BLOCK_O, outputs, rank, blocks, t_columns, stride_tm,
-                    stride_tr, stride_ub, stride_uo, stride_ur,
-                    ADJOINT, ALIGNED, True, COMPUTE, BLOCK_R, PRECISION,
-                )  # fmt: skip
-            else:
-                acc = _addend(
-                    acc, t, u, at_m, at_o, rank, stride_tm, stride_tr, stride_uo, stride_ur,
-                    COMPUTE, BLOCK_R, PRECISION,
-                )  # fmt: skip
+            acc = _addend(
+                acc, t, u, at_m, at_o, tile_o * BLOCK_O, outputs, rank, blocks, t_columns, scaling, stride_tm,
+                stride_tr, stride_ub, stride_uo, stride_ur,
+                BLOCKS, ADJOINT, ALIGNED, True, COMPUTE, BLOCK_R, PRECISION,
+            )  # fmt: skip
     for step in range(first_step, last_step):
         i = step * BLOCK_C + tl.arange(0, BLOCK_C)
         c, some_c = i.to(tl.int64), i < inner
@@ -396,18 +393,6 @@ class _Fixed(NamedTuple):
     finish: dict[str, Any]  # of the kernel that adds them up
 
 
-def _addend_strides(u: Layout | None, adjoint: bool) -> dict[str, int]:
-    """u [outputs, R], or [blocks, r̂, r̂], of which the adjoint reads columns as rows."""
-    block, row, column = (0, 0, 0) if u is None else (0, *u[2])[-3:]
-    if u is not None and u[1][0] == 1:
-        block = 0
-    return {
-        "stride_ub": block,
-        "stride_uo": column if adjoint else row,
-        "stride_ur": row if adjoint else column,
-    }
-
-
 # a training run has a few for each kind of layer; a thousand are some megabytes
 @lru_cache(maxsize=1024)
 def _fixed(
@@ -431,10 +416,11 @@ def _fixed(
     words."""
     _, (M, outputs), (stride_out_m, stride_out_o) = out
     dtype, (_, inner), (stride_xm, stride_xc) = x
+    stride_uo, stride_ur = (0, 0) if u is None else u[2]
     arguments: dict[str, Any] = {
         "M": M,
         "inner": inner,
-        "rank": 0 if u is None else u[1][-1],
+        "rank": 0 if u is None else u[1][0 if blocks else 1],
         "stride_xm": stride_xm,
         "stride_xc": stride_xc,
         "stride_tm": 0 if t is None else t[2][0],
@@ -443,7 +429,10 @@ def _fixed(
         "t_columns": 0 if t is None else t[1][1],
         "BLOCKS": blocks > 0,
         "ALIGNED": aligned,
-        **_addend_strides(u, blocks > 0 and transposed),
+        # of MoRA's blocks, unless one serves all; the adjoint reads its columns as rows
+        "stride_ub": u[1][0] * u[2][1] if blocks and u is not None and u[1][1] > u[1][0] else 0,
+        "stride_uo": stride_ur if blocks and transposed else stride_uo,
+        "stride_ur": stride_uo if blocks and transposed else stride_ur,
         "COMPUTE": TYPES[dtype],
         "PRECISION": precision,
         "BLOCK_R": BLOCK_R,
@@ -515,12 +504,12 @@ def plan(
     u: Tensor | None,
     bias: Tensor | None,
     spread: Spread | None,
-    blocks: int = 0,
+    middle: tuple[int, float] = (0, 1.0),
 ) -> list[Launch]:
     """The launches that compute `out`; none where it is empty. A split sum allocates its parts, fp32.
 
-    blocks: that many blocks of r̂ are the middle of MoRA, t is x or, transposed, dY, and u [blocks or 1, r̂, r̂]
-    is what `turn` makes.
+    middle: so many blocks of r̂ are the middle of MoRA, and its scaling. t is then x or, transposed, dY, and u
+    the matrix turned back for each block, [r̂, blocks · r̂], or the matrix.
     """
     M, outputs = out.shape
     launches: list[Launch] = []
@@ -532,7 +521,8 @@ def plan(
     full = x.dtype == torch.float32
     tensors: dict[str, Any] = {"x": x, "t": t, "u": u}
     key: Any
-    aligned = t is not None and u is not None and _aligned(t.shape[1], blocks, u.shape[-1], transposed)
+    blocks, scaling = middle
+    aligned = t is not None and u is not None and _aligned(t.shape[1], blocks, u.shape[0], transposed)
     if isinstance(weight, Tensor):
         tile = THIN_FLOAT32 if full else thin_tile(M, outputs)
         tensors["weight"] = weight
@@ -559,6 +549,7 @@ def plan(
         machine, tile, precision() if full else "ieee", layout(out), layout(x), key, transposed, layout(t),
         layout(u), layout(bias), layout(values), grouped, length, blocks, aligned,
     )  # fmt: skip
+    tensors["scaling"] = float(scaling)
     end: dict[str, Any] = {"out": out, "bias": bias, "values": values, "alpha": float(alpha)}
     if parts is None:
         launches.append(Launch(kernel, grid, {**arguments, **tensors, **end}, tile.warps, tile.stages))
