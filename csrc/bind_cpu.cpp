@@ -286,6 +286,18 @@ void bind_dropout(py::handle out_object, py::handle x_object, double p, py::hand
   dropout(params);
 }
 
+// Contiguous fp32 [n, 2, h] for columns that are n blocks of 2 h.
+TensorView rotation(py::handle object, int64_t columns, const TensorView& out) {
+  const TensorView v = view("rotation", object);
+  expect_dtype(v, {ScalarType::f32});
+  if (v.ndim != 3 || v.shape[1] != 2 || v.numel != columns)
+    throw py::value_error(text("rotation: expected shape [n, 2, h] with 2 n h = ", columns,
+                               ", the columns of the middle, got ", v.shape_text()));
+  expect_flat(v, columns);
+  expect_disjoint(out, v);
+  return v;
+}
+
 void bind_compress(py::handle out_object, py::handle x_object, py::handle grouped, py::handle length,
                    py::handle rotation_object, bool inverse, int threads) {
   CompressParams p;
@@ -306,21 +318,133 @@ void bind_compress(py::handle out_object, py::handle x_object, py::handle groupe
   p.length = integer("length", length);
   p.inverse = inverse;
   if (!rotation_object.is_none()) {
-    const TensorView rotation = view("rotation", rotation_object);
-    expect_dtype(rotation, {ScalarType::f32});
-    if (rotation.ndim != 3 || rotation.shape[1] != 2 || rotation.numel != p.columns)
-      throw py::value_error(text("rotation: expected shape [n, 2, h] with 2 n h = ", p.columns,
-                                 ", the columns of out, got ", rotation.shape_text()));
-    expect_flat(rotation, p.columns);
-    expect_disjoint(out, rotation);
-    p.rotation = static_cast<const float*>(rotation.data);
-    p.half = rotation.shape[2];
+    const TensorView turns = rotation(rotation_object, p.columns, out);
+    p.rotation = static_cast<const float*>(turns.data);
+    p.half = turns.shape[2];
   }
   if (out.numel == 0) return;
   const size_t bytes = static_cast<size_t>(out.end() - out.begin());
   py::gil_scoped_release release;
   prefer_huge_pages(p.out.data, bytes);
   compress(p);
+}
+
+// How far and in which way an end of the middle is walked: (grouped, length).
+std::pair<bool, int64_t> walk(const char* name, py::handle object) {
+  expect_tuple(name, "(grouped, length)", object, 2);
+  const py::handle grouped = PyTuple_GET_ITEM(object.ptr(), 0), length = PyTuple_GET_ITEM(object.ptr(), 1);
+  expect_walk(name, grouped, name, length);
+  return {grouped.ptr() == Py_True, integer(name, length)};
+}
+
+void expect_blocks(int64_t columns, int64_t size) {
+  if (size < 1 || columns < 1 || columns % size != 0)
+    throw py::value_error(
+        text("columns: expected a multiple of the matrix's rows, ", size, ", got ", columns));
+}
+
+TensorView block_rotation(py::handle object, int64_t columns, int64_t size, const TensorView& out) {
+  const TensorView turns = rotation(object, columns, out);
+  if (2 * turns.shape[2] != size)
+    throw py::value_error(text("rotation: expected blocks of the matrix's rows, [n, 2, ", size, " / 2], got ",
+                               turns.shape_text()));
+  return turns;
+}
+
+void bind_mora(py::handle out_object, py::handle z_object, py::handle x_object, py::handle matrix_object,
+               bool transposed, float alpha, py::handle bias_object, py::handle inner, py::handle outer,
+               int64_t columns, py::handle rotation_object, int threads) {
+  MoraParams p;
+  p.threads = p.compress.threads = p.out.threads = checked_threads(threads);
+  p.alpha = alpha;
+  const TensorView out = matrix_view("out", out_object);
+  expect_no_self_overlap(out);
+  p.out.out = matrix(out);
+  p.out.rows = p.compress.rows = out.shape[0];
+  p.out.outputs = out.shape[1];
+
+  const TensorView x = matrix_view("x", x_object);
+  expect_shape(x, {out.shape[0], x.shape[1]});
+  expect_disjoint(out, x);
+  p.compress.x = matrix(x);
+  p.compress.wide = x.shape[1];
+  std::tie(p.compress.grouped, p.compress.length) = walk("inner", inner);
+
+  const TensorView square = matrix_view("matrix", matrix_object);
+  expect_disjoint(out, square);
+  p.size = square.shape[0];
+  expect_shape(square, {p.size, p.size});
+  expect_blocks(columns, p.size);
+  p.matrix = transposed ? Matrix{square.data, float_dtype(square), square.strides[1], square.strides[0]}
+                        : matrix(square);
+  p.compress.columns = p.out.spread.columns = columns;
+  std::tie(p.out.spread.grouped, p.out.spread.length) = walk("outer", outer);
+  if (!rotation_object.is_none()) {
+    const TensorView turns = block_rotation(rotation_object, columns, p.size, out);
+    const float* table = static_cast<const float*>(turns.data);
+    if (transposed) {
+      p.turn_back = table;
+    } else {
+      p.compress.rotation = table;
+      p.compress.half = turns.shape[2];
+    }
+  }
+  if (!bias_object.is_none()) {
+    const TensorView bias = view("bias", bias_object);
+    float_dtype(bias);
+    expect_shape(bias, {p.out.outputs});
+    expect_disjoint(out, bias);
+    p.out.bias = matrix(bias);
+  }
+  if (!z_object.is_none()) {
+    const TensorView z = matrix_view("z", z_object);
+    expect_dtype(z, {x.dtype});
+    expect_shape(z, {out.shape[0], columns});
+    expect_flat(z, z.numel);
+    for (const TensorView* other : {&out, &x, &square}) expect_disjoint(z, *other);
+    p.compress.out = matrix(z);
+  }
+  if (out.shape[0] == 0) return;
+  const size_t bytes = static_cast<size_t>(out.end() - out.begin());
+  py::gil_scoped_release release;
+  prefer_huge_pages(out.data, bytes);
+  mora(p);
+}
+
+void bind_mora_grad(py::handle out_object, py::handle grad_object, py::handle x_object, float alpha,
+                    int64_t columns, py::handle rotation_object, int threads) {
+  MoraGradParams p;
+  p.threads = checked_threads(threads);
+  p.alpha = alpha;
+  const TensorView out = matrix_view("out", out_object);
+  expect_dtype(out, {ScalarType::f32});
+  p.size = out.shape[0];
+  expect_shape(out, {p.size, p.size});
+  expect_flat(out, out.numel);
+  expect_blocks(columns, p.size);
+  p.out = static_cast<float*>(out.data);
+  const TensorView grad = matrix_view("grad", grad_object), x = matrix_view("x", x_object);
+  expect_shape(grad, {x.shape[0], grad.shape[1]});
+  expect_dtype(grad, {x.dtype});
+  const auto middle = [&](const TensorView& v, int64_t length) {
+    expect_disjoint(out, v);
+    CompressParams c;
+    c.rows = v.shape[0];
+    c.wide = v.shape[1];
+    c.columns = columns;
+    c.x = matrix(v);
+    c.length = length;
+    return c;
+  };
+  p.g = middle(grad, grad.shape[1]);
+  p.z = middle(x, columns);
+  if (!rotation_object.is_none()) {
+    const TensorView turns = block_rotation(rotation_object, columns, p.size, out);
+    p.z.rotation = static_cast<const float*>(turns.data);
+    p.z.half = turns.shape[2];
+  }
+  py::gil_scoped_release release;
+  mora_grad(p);
 }
 
 DType dtype_named(py::handle object) {
@@ -386,17 +510,18 @@ void set_isa_named(const char* from, const std::string& name) {
 }
 
 std::string kernel(const std::string& primitive, py::handle dtype_object) {
-  static constexpr std::pair<const char*, Primitive> kPrimitives[] = {{"matmul", Primitive::matmul},
-                                                                      {"dequantize", Primitive::dequantize},
-                                                                      {"quantize", Primitive::quantize},
-                                                                      {"dropout", Primitive::dropout},
-                                                                      {"compress", Primitive::compress}};
+  static constexpr std::pair<const char*, Primitive> kPrimitives[] = {
+      {"matmul", Primitive::matmul},      {"dequantize", Primitive::dequantize},
+      {"quantize", Primitive::quantize},  {"dropout", Primitive::dropout},
+      {"compress", Primitive::compress},  {"mora", Primitive::mora},
+      {"mora_grad", Primitive::mora_grad}};
   const DType dtype = dtype_named(dtype_object);
   for (const auto& [name, p] : kPrimitives) {
     if (primitive == name) return isa_name(kernel_isa(p, dtype));
   }
   throw py::value_error(
-      text("primitive: expected matmul, dequantize, quantize, dropout or compress, got ", primitive));
+      text("primitive: expected matmul, dequantize, quantize, dropout, compress, mora or mora_grad, got ",
+           primitive));
 }
 
 py::dict build_info() {
@@ -439,6 +564,13 @@ void define(py::module_& m) {
   m.def("compress", bind_compress, arg("out"), arg("x"), arg("grouped"), arg("length"), arg("rotation"),
         arg("inverse").noconvert(), arg("threads"),
         "out[m, q] = the sum of x[m, i] over the columns i that go with q, then blocks of out turned");
+  m.def("mora", bind_mora, arg("out"), arg("z"), arg("x"), arg("matrix"), arg("transposed").noconvert(),
+        arg("alpha"), arg("bias"), arg("inner"), arg("outer"), arg("columns"), arg("rotation"),
+        arg("threads"),
+        "out = bias + spread of alpha * z Mᵀ in each block of columns, z = compress(x), turned");
+  m.def("mora_grad", bind_mora_grad, arg("out"), arg("grad"), arg("x"), arg("alpha"), arg("columns"),
+        arg("rotation"), arg("threads"),
+        "out = alpha * the sum over rows and blocks of gᵀ z, the middles of grad and of x, turned");
   m.def("probe_read", probe_read, arg("data"), arg("threads"), "Reads every byte once; a checksum.");
   m.def("probe_peak", probe_peak, arg("dtype"), arg("iterations"), arg("threads"),
         "Products in registers at the active level; the number of operations done, in 1e9.");

@@ -112,6 +112,27 @@ struct CompressParams {
   int threads = 1;
 };
 
+// MoRA without a base: z = compress(x), turned; v = alpha * z Mᵀ (or z M) in each block of `size` columns, in fp32, turned
+// back; out = bias + spread(v).
+struct MoraParams {
+  CompressParams compress;  // of x. out: where z is wanted, contiguous, of x's dtype; else without data
+  int64_t size = 0;         // r̂
+  Matrix matrix;            // [size, size] as w(o, c)
+  float alpha = 1.0f;
+  const float* turn_back = nullptr;  // [columns / size][2][size / 2]: cos, sin; or nullptr
+  MatmulParams out;                  // rows, outputs, bias, out, spread but for its values
+  int threads = 1;
+};
+
+// out = alpha * the sum over rows and blocks of g_bᵀ z_b, g = compress(dY), z = compress(x), turned.
+struct MoraGradParams {
+  CompressParams g, z;  // both of as many columns; no out
+  int64_t size = 0;     // r̂
+  float alpha = 1.0f;
+  float* out = nullptr;  // [size, size], contiguous
+  int threads = 1;
+};
+
 // out[m, k] = x[m, k] where hash(seed, m * columns + k) < threshold, else 0; out is contiguous, of x's dtype.
 struct DropoutParams {
   Matrix x;

@@ -29,7 +29,7 @@ from peftkern import dispatch
 from peftkern.backends import Call, cpu, unavailable
 from peftkern.formats import QuantizedWeight
 
-PRIMITIVES = ("matmul", "compress", "dequantize", "quantize")
+PRIMITIVES = ("matmul", "compress", "mora", "mora_grad", "dequantize", "quantize")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PACKAGES = ("numpy", "bitsandbytes", "peft", "transformers", "triton")
 VARIABLES = re.compile(r"(PEFTKERN|OMP|KMP|GOMP|MKL|DNNL|ONEDNN)_\w+|ATEN_CPU_CAPABILITY|LD_PRELOAD")

@@ -60,7 +60,9 @@ def test_levels_agree_with_the_kernel_of_the_machine() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("primitive", ["matmul", "dequantize", "quantize", "dropout", "compress"])
+@pytest.mark.parametrize(
+    "primitive", ["matmul", "dequantize", "quantize", "dropout", "compress", "mora", "mora_grad"]
+)
 def test_the_best_row_of_the_table_runs(isa: str, primitive: str, dtype: torch.dtype) -> None:
     """kernels.inc: best ISA first; a row is chosen if its level is not above the active one."""
     assert _cpu.isa() == isa
@@ -108,7 +110,8 @@ def test_set_isa_and_kernel_refuse_other_types() -> None:
     with pytest.raises(ValueError, match="dtype: expected float32, bfloat16 or float16, got float64"):
         _cpu.kernel("matmul", torch.float64)
     with pytest.raises(
-        ValueError, match="primitive: expected matmul, dequantize, quantize, dropout or compress, got conv"
+        ValueError,
+        match=r"primitive: expected matmul, .*, compress, mora or mora_grad, got conv",
     ):
         _cpu.kernel("conv", torch.float32)
 

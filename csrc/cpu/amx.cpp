@@ -30,7 +30,9 @@
 #define PEFTKERN_ISA amx
 #include "cpu/vec_avx512.h"
 
+#include "cpu/compress.inl"
 #include "cpu/matmul_bf16.inl"
+#include "cpu/mora.inl"
 #include "cpu/probe.inl"
 #include "cpu/tile.h"
 
@@ -931,5 +933,8 @@ void matmul_bf16(const MatmulParams& p) {
   if (few_rows(p)) return run_few_rows(p);
   Matmul<AmxKernel>(p).run();
 }
+
+void mora_bf16(const MoraParams& p) { Mora<AmxKernel, Bf16>(p).run(); }
+void mora_grad_bf16(const MoraGradParams& p) { MoraGrad<AmxKernel, Bf16>(p).run(); }
 
 }  // namespace peftkern::PEFTKERN_ISA

@@ -5,5 +5,6 @@
 #include "cpu/dequantize.inl"
 #include "cpu/dropout.inl"
 #include "cpu/matmul_f32.inl"
+#include "cpu/mora_f32.inl"
 #include "cpu/probe_f32.inl"
 #include "cpu/quantize.inl"

@@ -3,6 +3,7 @@
 
 #include "cpu/compress.inl"
 #include "cpu/matmul_bf16.inl"
+#include "cpu/mora.inl"
 #include "cpu/probe.inl"
 
 namespace peftkern::PEFTKERN_ISA {
@@ -87,5 +88,8 @@ void matmul_bf16(const MatmulParams& p) {
   if (dot_applies(p, 24)) return run_dot_bf16(p);
   Matmul<Bf16Kernel>(p).run();
 }
+
+void mora_bf16(const MoraParams& p) { Mora<Bf16Kernel, Bf16>(p).run(); }
+void mora_grad_bf16(const MoraGradParams& p) { MoraGrad<Bf16Kernel, Bf16>(p).run(); }
 
 }  // namespace peftkern::PEFTKERN_ISA

@@ -17,6 +17,36 @@
 namespace peftkern::PEFTKERN_ISA {
 namespace {
 
+// (out_first, out_second) = (y cos - z sin, z cos + y sin) of n columns y of `first` and z of `second`, `sign` times sin.
+template <class S, class D>
+inline void turn(const S* first, const S* second, const float* cosine, const float* sine, Vec sign, int64_t n,
+                 D* out_first, D* out_second) {
+  constexpr int kWidth = Vec::kWidth;
+  const Vec minus = set1(-1.0f);
+  const auto turn = [&](Vec& y, Vec& z, Vec c, Vec s) {
+    s = mul(s, sign);
+    const Vec turned = fma(z, mul(s, minus), mul(y, c));
+    z = fma(y, s, mul(z, c));
+    y = turned;
+  };
+  int64_t j = 0;
+  for (; j + 2 * kWidth <= n; j += 2 * kWidth) {
+    const int64_t k = j + kWidth;
+    Vec y0 = load(first + j), y1 = load(first + k), z0 = load(second + j), z1 = load(second + k);
+    turn(y0, z0, load(cosine + j), load(sine + j));
+    turn(y1, z1, load(cosine + k), load(sine + k));
+    store_2(out_first + j, y0, y1);
+    store_2(out_second + j, z0, z1);
+  }
+  for (; j < n; j += kWidth) {
+    const int left = static_cast<int>(min_of<int64_t>(kWidth, n - j));
+    Vec y = load_n(first + j, left), z = load_n(second + j, left);
+    turn(y, z, load_n(cosine + j, left), load_n(sine + j, left));
+    store_n(out_first + j, y, left);
+    store_n(out_second + j, z, left);
+  }
+}
+
 template <class T>
 class Compress {
  public:
@@ -42,10 +72,7 @@ class Compress {
     });
   }
 
- private:
-  static constexpr int kWidth = Vec::kWidth;
-  static constexpr int64_t kTile = 512;  // columns of sums at a time
-
+  // Row m, to out.
   template <class D>
   void row(int64_t m, D* out) const {
     const T* x = static_cast<const T*>(p.x.data) + m * p.x.stride0;
@@ -68,47 +95,23 @@ class Compress {
         const int64_t first = block + j, second = first + p.half;
         const float* cosine = p.rotation + first;
         if (in_place(first, n) && in_place(second, n)) {
-          rotate(x + first, x + second, cosine, cosine + p.half, n, out + first, out + second);
+          turn(x + first, x + second, cosine, cosine + p.half, sign, n, out + first, out + second);
         } else {
           sums(x, first, n, z[0]);
           sums(x, second, n, z[1]);
-          rotate(z[0], z[1], cosine, cosine + p.half, n, out + first, out + second);
+          turn(z[0], z[1], cosine, cosine + p.half, sign, n, out + first, out + second);
         }
       }
     }
   }
 
+ private:
+  static constexpr int kWidth = Vec::kWidth;
+  static constexpr int64_t kTile = 512;  // columns of sums at a time
+
   // The sums of columns q … q + n are x's columns of the same numbers.
   bool in_place(int64_t q, int64_t n) const {
     return !p.grouped && p.x.stride1 == 1 && q + n <= whole && q + p.columns >= length;
-  }
-
-  template <class S, class D>
-  void rotate(const S* first, const S* second, const float* cosine, const float* sine, int64_t n,
-              D* out_first, D* out_second) const {
-    const Vec minus = set1(-1.0f);
-    const auto turn = [&](Vec& y, Vec& z, Vec c, Vec s) {
-      s = mul(s, sign);
-      const Vec first_turned = fma(z, mul(s, minus), mul(y, c));
-      z = fma(y, s, mul(z, c));
-      y = first_turned;
-    };
-    int64_t j = 0;
-    for (; j + 2 * kWidth <= n; j += 2 * kWidth) {
-      const int64_t k = j + kWidth;
-      Vec y0 = load(first + j), y1 = load(first + k), z0 = load(second + j), z1 = load(second + k);
-      turn(y0, z0, load(cosine + j), load(sine + j));
-      turn(y1, z1, load(cosine + k), load(sine + k));
-      store_2(out_first + j, y0, y1);
-      store_2(out_second + j, z0, z1);
-    }
-    for (; j < n; j += kWidth) {
-      const int left = static_cast<int>(min_of<int64_t>(kWidth, n - j));
-      Vec y = load_n(first + j, left), z = load_n(second + j, left);
-      turn(y, z, load_n(cosine + j, left), load_n(sine + j, left));
-      store_n(out_first + j, y, left);
-      store_n(out_second + j, z, left);
-    }
   }
 
   // z[j] = the sum of column q + j, j < n

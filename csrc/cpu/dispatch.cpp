@@ -33,6 +33,8 @@ namespace peftkern {
 #define PEFTKERN_PARAMS_quantize QuantizeParams
 #define PEFTKERN_PARAMS_dropout DropoutParams
 #define PEFTKERN_PARAMS_compress CompressParams
+#define PEFTKERN_PARAMS_mora MoraParams
+#define PEFTKERN_PARAMS_mora_grad MoraGradParams
 #define PEFTKERN_PARAMS_probe ProbeParams
 
 #define PEFTKERN_KERNEL(isa, primitive, dtype) \
@@ -100,6 +102,8 @@ struct State {
   Chosen<QuantizeParams> quantize;
   Chosen<DropoutParams> dropout;
   Chosen<CompressParams> compress;
+  Chosen<MoraParams> mora;
+  Chosen<MoraGradParams> mora_grad;
   Chosen<ProbeParams> probe;
 
   explicit State(Isa isa) { set(isa); }
@@ -110,6 +114,8 @@ struct State {
     quantize.choose_all(isa);
     dropout.choose_all(isa);
     compress.choose_all(isa);
+    mora.choose_all(isa);
+    mora_grad.choose_all(isa);
     probe.choose_all(isa);
   }
 };
@@ -137,6 +143,8 @@ void dequantize(const DequantizeParams& p) { state().dequantize[p.out_dtype].run
 void quantize(const QuantizeParams& p) { state().quantize[p.dtype].run(p); }
 void dropout(const DropoutParams& p) { state().dropout[p.x.dtype].run(p); }
 void compress(const CompressParams& p) { state().compress[p.x.dtype].run(p); }
+void mora(const MoraParams& p) { state().mora[p.compress.x.dtype].run(p); }
+void mora_grad(const MoraGradParams& p) { state().mora_grad[p.z.x.dtype].run(p); }
 void probe(const ProbeParams& p, DType dtype) { state().probe[dtype].run(p); }
 
 Isa kernel_isa(Primitive primitive, DType dtype) {
@@ -151,6 +159,10 @@ Isa kernel_isa(Primitive primitive, DType dtype) {
       return state().dropout[dtype].isa;
     case Primitive::compress:
       return state().compress[dtype].isa;
+    case Primitive::mora:
+      return state().mora[dtype].isa;
+    case Primitive::mora_grad:
+      return state().mora_grad[dtype].isa;
     case Primitive::probe:
       return state().probe[dtype].isa;
   }

@@ -6,13 +6,15 @@
 
 namespace peftkern {
 
-enum class Primitive { matmul, dequantize, quantize, dropout, compress, probe };
+enum class Primitive { matmul, dequantize, quantize, dropout, compress, mora, mora_grad, probe };
 
 void matmul(const MatmulParams& p);          // by p.x.dtype
 void dequantize(const DequantizeParams& p);  // by p.out_dtype
 void quantize(const QuantizeParams& p);      // by p.dtype
 void dropout(const DropoutParams& p);        // by p.x.dtype
 void compress(const CompressParams& p);      // by p.x.dtype
+void mora(const MoraParams& p);              // by p.compress.x.dtype
+void mora_grad(const MoraGradParams& p);     // by p.z.x.dtype
 void probe(const ProbeParams& p, DType dtype);
 
 // The level in use: the best available one until another is set. `isa` must be available.

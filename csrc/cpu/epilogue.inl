@@ -225,24 +225,31 @@ class Epilogue {
 
 inline bool epilogue_alone(const MatmulParams& p) { return p.inner == 0 && p.rank == 0; }
 
+constexpr int64_t kAloneColumns = 2048;  // of a part of run_alone
+
+// Rows m0 … m1 of out, parts first … last of their columns, from what is added to a product of nothing.
+inline void run_alone(const MatmulParams& p, int64_t m0, int64_t m1, int64_t first, int64_t last) {
+  Epilogue epilogue(p);
+  Epilogue::Columns<kAloneColumns> columns;
+  for (int64_t part = first; part < last; ++part) {
+    const int64_t o0 = part * kAloneColumns, outputs = min_of(kAloneColumns, p.outputs - o0);
+    epilogue.begin(o0, outputs, columns);
+    for (int64_t m = m0; m < m1; ++m) epilogue.write(m, o0, outputs, nullptr);
+  }
+}
+
 // A task is some rows, or a part of one when there are too few of them to share out.
 inline void run_epilogue(const MatmulParams& p) {
-  constexpr int64_t kColumns = 2048, kSerial = 1 << 16, kRows = 64;
+  constexpr int64_t kSerial = 1 << 16, kRows = 64;
   const int threads = p.rows * p.outputs < kSerial ? 1 : p.threads;
   const int64_t task_rows = min_of(kRows, ceil_div(p.rows, threads == 1 ? 1 : 8 * threads));
   const int64_t blocks = ceil_div(p.rows, task_rows);
-  const int64_t parts = ceil_div(p.outputs, kColumns);
+  const int64_t parts = ceil_div(p.outputs, kAloneColumns);
   const int64_t splits = blocks >= 4 * threads ? 1 : parts;  // tasks along the columns
   parallel_tasks(threads, blocks * splits, [&](int, int64_t task) {
-    Epilogue epilogue(p);
-    Epilogue::Columns<kColumns> columns;
     const int64_t m0 = task / splits * task_rows, m1 = min_of(m0 + task_rows, p.rows);
     const int64_t split = task % splits;
-    for (int64_t part = parts * split / splits; part < parts * (split + 1) / splits; ++part) {
-      const int64_t o0 = part * kColumns, outputs = min_of(kColumns, p.outputs - o0);
-      epilogue.begin(o0, outputs, columns);
-      for (int64_t m = m0; m < m1; ++m) epilogue.write(m, o0, outputs, nullptr);
-    }
+    run_alone(p, m0, m1, parts * split / splits, parts * (split + 1) / splits);
   });
 }
 

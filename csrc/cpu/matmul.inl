@@ -61,10 +61,12 @@ class Matmul {
   // Columns of a panel that lie together: a strip stays in L1 while rows of x pass.
   static constexpr int64_t kStrip = K::kStrip;
   static_assert(K::kPanelColumns % kStrip == 0 && (kPair > 1 || kStrip == K::kPanelColumns), "whole strips");
-  static constexpr int kRowStride =
-      kDepth + 64 / static_cast<int>(sizeof(Elem));  // A's rows: no two on one cache set
 
  public:
+  static constexpr int kRowStride =
+      kDepth + 64 / static_cast<int>(sizeof(Elem));     // A's rows: no two on one cache set
+  static constexpr int64_t kPiece = 4 * K::kRowSplitX;  // rows of x that meet a panel at a time
+
   explicit Matmul(const MatmulParams& params)
       : p(params), table(code_registers(code_table(p.weight4.quant_type))) {
     const bool four_bit = p.weight4.packed != nullptr;
@@ -155,6 +157,82 @@ class Matmul {
     }
   }
 
+  // The panel of w(o, c) = dense[o, c], outputs <= kPanelColumns of them, in strips as fill_panel has them.
+  static void pack_dense(const Matrix& dense, int64_t o0, int64_t outputs, int64_t c, int64_t n,
+                         int64_t depth, Elem* panel) {
+    if (dense.stride1 == 1) return pack_pairs(dense, o0, outputs, c, n, depth, panel);
+    if constexpr (kPair > 1) {
+      if (own_dtype(dense) && dense.stride0 == 1)
+        return pack_rows_of_pairs(dense, o0, outputs, c, n, depth, panel);
+    }
+    pack_rows_read(outputs, n, depth, panel,
+                   [&](int64_t q, Elem* row) { read_row(transposed(dense), c + q, o0, outputs, row); });
+  }
+
+  // A from x whose columns are contiguous: kLanes rows at most, kPair columns make a word, words are transposed:
+  // out[r][kRowStride], zero from n on.
+  static void pack_rows_across(const Matrix& x, int64_t m, int64_t rows, int64_t c, int64_t n, int64_t depth,
+                               Elem* out) {
+    constexpr int kStep = Vec::kWidth * kPair;
+    alignas(64) Elem pair[2][kLanes] = {};
+    alignas(64) float words[Vec::kWidth][kLanes], turned[kLanes][Vec::kWidth];
+    const bool direct = own_dtype(x) && rows == kLanes;
+    for (int64_t i = 0; i < depth; i += kStep) {
+      for (int word = 0; word < Vec::kWidth; ++word) {
+        Elem* to = reinterpret_cast<Elem*>(words[word]);
+        const int64_t at = i + word * kPair;
+        const Elem* columns[2];
+        for (int k = 0; k < kPair; ++k) {
+          columns[k] = pair[k];
+          if (at + k >= n) {
+            std::memset(pair[k], 0, sizeof(pair[k]));
+          } else if (direct) {
+            columns[k] = static_cast<const Elem*>(x.data) + m * x.stride0 + (c + at + k) * x.stride1;
+          } else {
+            read_row(transposed(x), at + k + c, m, rows, pair[k]);
+          }
+        }
+        if constexpr (kPair > 1) {
+          K::interleave(columns[0], columns[1], 1, to);
+        } else {
+          std::memcpy(to, columns[0], sizeof(words[word]));
+        }
+      }
+      for (int r = 0; r < kLanes; r += Vec::kWidth) transpose(&words[0][r], kLanes, turned[r], Vec::kWidth);
+      const int64_t count = min_of<int64_t>(kStep, depth - i);
+      for (int64_t r = 0; r < rows; ++r) {
+        Elem* to = out + r * kRowStride + i;
+        if (count == kStep) {
+          std::memcpy(to, turned[r], sizeof(turned[r]));
+        } else {
+          std::memcpy(to, turned[r], static_cast<size_t>(count) * sizeof(Elem));
+        }
+      }
+    }
+  }
+
+  // The same as pairs of columns: out[q][r][kPair] = x[m + r, c + kPair q …], r < kPiece, zero from n on.
+  static void pack_piece(const Matrix& x, int64_t m, int64_t rows, int64_t c, int64_t n, int64_t depth,
+                         Elem* out) {
+    if constexpr (K::kAcross) {
+      static constexpr Elem kZeros[kPiece] = {};
+      for (int64_t q = 0; q < depth; q += kPair, out += kPiece * kPair) {
+        const Elem* columns[kPair];
+        for (int i = 0; i < kPair; ++i) {
+          columns[i] = q + i < n ? static_cast<const Elem*>(x.data) + m + (c + q + i) * x.stride1 : kZeros;
+          if (q + i < n) prefetch_elems(columns[i], depth * x.stride1, rows);  // the next chunk's
+        }
+        K::interleave_n(columns[0], columns[1], rows, out);
+      }
+    }
+  }
+
+  // Chunks of a contraction of `padded`: as even as may be, kDepth at most.
+  static int64_t chunk_depth(int64_t padded) {
+    const int64_t count = max_of<int64_t>(1, ceil_div(padded, kDepth));
+    return min_of<int64_t>(kDepth, round_up(ceil_div(padded, count), 64));
+  }
+
  private:
   struct Workspace {
     Elem* panel;
@@ -165,15 +243,7 @@ class Matmul {
   static Segment segment(const Matrix& x, const Matrix& dense, bool four_bit, bool reordered, int64_t length,
                          int64_t align) {
     const int64_t padded = round_up(length, align);
-    const int64_t count = max_of<int64_t>(1, ceil_div(padded, kDepth));
-    return {x,
-            dense,
-            four_bit,
-            reordered,
-            length,
-            padded,
-            min_of<int64_t>(kDepth, round_up(ceil_div(padded, count), 64)),
-            Source::packed};
+    return {x, dense, four_bit, reordered, length, padded, chunk_depth(padded), Source::packed};
   }
   Source source(const Segment& s) const {
     if (!x_rows) return Source::packed;
@@ -246,48 +316,6 @@ class Matmul {
           Elem* row = chunk + m * kRowStride;
           read_row(s.x, m0 + m, c, n, row);
           std::memset(row + n, 0, static_cast<size_t>(depth - n) * sizeof(Elem));
-        }
-      }
-    }
-  }
-
-  // The same for x whose columns are contiguous: kLanes rows at most, kPair columns make a word, words are
-  // transposed.
-  void pack_rows_across(const Matrix& x, int64_t m, int64_t rows, int64_t c, int64_t n, int64_t depth,
-                        Elem* out) const {
-    constexpr int kStep = Vec::kWidth * kPair;
-    alignas(64) Elem pair[2][kLanes] = {};
-    alignas(64) float words[Vec::kWidth][kLanes], turned[kLanes][Vec::kWidth];
-    const bool direct = own_dtype(x) && rows == kLanes;
-    for (int64_t i = 0; i < depth; i += kStep) {
-      for (int word = 0; word < Vec::kWidth; ++word) {
-        Elem* to = reinterpret_cast<Elem*>(words[word]);
-        const int64_t at = i + word * kPair;
-        const Elem* columns[2];
-        for (int k = 0; k < kPair; ++k) {
-          columns[k] = pair[k];
-          if (at + k >= n) {
-            std::memset(pair[k], 0, sizeof(pair[k]));
-          } else if (direct) {
-            columns[k] = static_cast<const Elem*>(x.data) + m * x.stride0 + (c + at + k) * x.stride1;
-          } else {
-            read_row(transposed(x), at + k + c, m, rows, pair[k]);
-          }
-        }
-        if constexpr (kPair > 1) {
-          K::interleave(columns[0], columns[1], 1, to);
-        } else {
-          std::memcpy(to, columns[0], sizeof(words[word]));
-        }
-      }
-      for (int r = 0; r < kLanes; r += Vec::kWidth) transpose(&words[0][r], kLanes, turned[r], Vec::kWidth);
-      const int64_t count = min_of<int64_t>(kStep, depth - i);
-      for (int64_t r = 0; r < rows; ++r) {
-        Elem* to = out + r * kRowStride + i;
-        if (count == kStep) {
-          std::memcpy(to, turned[r], sizeof(turned[r]));
-        } else {
-          std::memcpy(to, turned[r], static_cast<size_t>(count) * sizeof(Elem));
         }
       }
     }
@@ -380,23 +408,6 @@ class Matmul {
     }
   }
 
-  // A from x whose columns are contiguous: out[q][r][kPair] = x[m + r, c + kPair q …], r < kPiece, zero from
-  // n on.
-  static void pack_piece(const Matrix& x, int64_t m, int64_t rows, int64_t c, int64_t n, int64_t depth,
-                         Elem* out) {
-    if constexpr (K::kAcross) {
-      static constexpr Elem kZeros[kPiece] = {};
-      for (int64_t q = 0; q < depth; q += kPair, out += kPiece * kPair) {
-        const Elem* columns[kPair];
-        for (int i = 0; i < kPair; ++i) {
-          columns[i] = q + i < n ? static_cast<const Elem*>(x.data) + m + (c + q + i) * x.stride1 : kZeros;
-          if (q + i < n) prefetch_elems(columns[i], depth * x.stride1, rows);  // the next chunk's
-        }
-        K::interleave_n(columns[0], columns[1], rows, out);
-      }
-    }
-  }
-
   // A from rows of x: out[r][kRowStride], zero from n on.
   static void copy_rows(const Elem* x, int64_t stride, int64_t rows, int64_t n, int64_t depth, Elem* out) {
     for (int64_t r = 0; r < rows; ++r, x += stride, out += kRowStride) {
@@ -420,28 +431,30 @@ class Matmul {
         return K::template decode_columns<kStrip>(p.weight4, o0, outputs, p.inner, c, depth, panel);
     }
     const bool in_order = !segments[0].reordered;
-    if (!s.four_bit && s.dense.stride1 == 1 && in_order)
-      return pack_pairs(s.dense, o0, outputs, c, n, depth, panel);
-    if constexpr (kPair > 1) {
-      if (!s.four_bit && own_dtype(s.dense) && s.dense.stride0 == 1 && in_order)
-        return pack_rows_of_pairs(s.dense, o0, outputs, c, n, depth, panel);
-    }
+    if (!s.four_bit && in_order) return pack_dense(s.dense, o0, outputs, c, n, depth, panel);
+    pack_rows_read(outputs, n, depth, panel, [&](int64_t q, Elem* row) {
+      if (s.four_bit) {
+        decode_range(p.weight4, table, (c + q) * p.outputs + o0, outputs, row);
+      } else {
+        read_row(transposed(s.dense), c + q, o0, outputs, row);
+      }
+      if constexpr (K::kGroups) {  // C's columns are in W's order: the addend's follow it
+        for (int64_t o = 0; !in_order && o < outputs; o += K::kGroup) K::reorder(row + o);
+      }
+    });
+  }
+
+  // B from rows that read(q, row) fills, q < n; zero beyond n and beyond `outputs`.
+  template <class Read>
+  static void pack_rows_read(int64_t outputs, int64_t n, int64_t depth, Elem* panel, const Read& read) {
     const int64_t padded = round_up(outputs, kLanes);
     alignas(64) Elem rows_in[kPair][K::kPanelColumns];
     for (int64_t q = 0; q < depth; q += kPair) {
       for (int i = 0; i < kPair; ++i) {
         Elem* row = kPair == 1 ? panel + q * kStrip : rows_in[i];
         const int64_t filled = q + i < n ? outputs : 0;
-        if (!filled) {
-        } else if (s.four_bit) {
-          decode_range(p.weight4, table, (c + q + i) * p.outputs + o0, outputs, row);
-        } else {
-          read_row(transposed(s.dense), c + q + i, o0, outputs, row);
-        }
+        if (filled) read(q + i, row);
         std::memset(row + filled, 0, static_cast<size_t>(padded - filled) * sizeof(Elem));
-        if constexpr (K::kGroups) {  // C's columns are in W's order: the addend's follow it
-          for (int64_t o = 0; !in_order && o < outputs; o += K::kGroup) K::reorder(row + o);
-        }
       }
       if constexpr (kPair > 1) {
         for (int64_t j = 0; j < padded; j += kStrip)
@@ -485,8 +498,8 @@ class Matmul {
   // B from a matrix whose contraction is contiguous, transposed word by word:
   // panel[j / kStrip][q][j % kStrip][kPair] = dense[o0 + j, c + kPair q …], zero beyond n and `outputs`.
   // What a short chunk leaves beyond its strip, the next strip overwrites.
-  void pack_pairs(const Matrix& dense, int64_t o0, int64_t outputs, int64_t c, int64_t n, int64_t depth,
-                  Elem* panel) const {
+  static void pack_pairs(const Matrix& dense, int64_t o0, int64_t outputs, int64_t c, int64_t n,
+                         int64_t depth, Elem* panel) {
     constexpr int kStep = Vec::kWidth * kPair;
     alignas(64) Elem rows_in[Vec::kWidth][kStep];
     const Elem* first = static_cast<const Elem*>(dense.data) + o0 * dense.stride0 + c;
@@ -510,8 +523,7 @@ class Matmul {
     }
   }
 
-  static constexpr int64_t kPiece = 4 * K::kRowSplitX;  // rows of x that meet a panel at a time
-  static constexpr int64_t kTasks = 12;                 // for each thread
+  static constexpr int64_t kTasks = 12;  // for each thread
   static constexpr int64_t kFewRows =
       32;  // for these it is dearer to bring a plain W into pairs than to pack x
   static constexpr int64_t kRowsToReadW = 64;  // of x: fewer cost less than bringing W into pairs once more

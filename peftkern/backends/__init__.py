@@ -25,17 +25,20 @@ A primitive writes into `out`, which the caller allocated; it allocates nothing 
         rotation     None, or fp32 [n, 2, h] (cos, sin), contiguous, n * 2h = P: block b of 2h columns becomes
                      (z1 cos - z2 sin, z2 cos + z1 sin), z1 and z2 its halves; sin negated when inverse
         all in fp32 with one rounding to out's dtype at the end
-    blocks(out, x, weight, transposed, matrix, scaling, bias, rotation, width)
-        MoRA of several blocks, its own adjoint with x's and out's ends swapped. matrix [r̂, r̂], width = n r̂,
-        weight as in matmul or None, rotation None or fp32 [n, 2, r̂ / 2] as in compress.
-        plain:       out = x Wᵀ + bias + spread(v, cyclic, outputs), of each block of r̂ columns
+    mora(out, z, x, weight, transposed, matrix, scaling, bias, inner, outer, columns, rotation)
+        MoRA and, with x's and out's ends swapped, its own adjoint; matrix [r̂, r̂], columns = n r̂, weight as in
+        matmul or None, inner and outer (grouped, length) as in compress and spread, rotation None or
+        fp32 [n, 2, r̂ / 2] as in compress
+        plain:       out = x Wᵀ + bias + spread(v, outer), of each block of r̂ columns
                      v_b = scaling * z_b matrixᵀ in fp32,
-                     z = compress(x, cyclic, width, rotation) in x's dtype
-        transposed:  out = x W + bias + spread(v, cyclic, width), v_b = scaling * z_b matrix, turned back,
-                     z = compress(x, cyclic, x's columns)
-    blocks_grad(dM, dY, x, scaling, rotation, width)
-        dM [r̂, r̂] fp32 = scaling * sum over rows and blocks of g_bᵀ z_b, z: the middle of x in the plain
-        product, g: that of dY in the transposed one
+                     z = compress(x, inner, rotation) [M, columns] in x's dtype
+        transposed:  out = x W + bias + spread(v, outer), v_b = scaling * z_b matrix, turned back,
+                     z = compress(x, inner)
+        z is None, or where it is to be written, contiguous
+    mora_grad(dM, dY, x, scaling, columns, rotation)
+        dM [r̂, r̂] fp32 = scaling * sum over rows and blocks of g_bᵀ z_b,
+        g = compress(dY, cyclic, dY's columns), z = compress(x, cyclic, columns, rotation): the middles of the
+        plain and the transposed product with several blocks; with one block both are given
     dequantize(out, weight)              out: contiguous [N, K] fp32, bf16 or fp16; weight: Weight4
     quantize(weight, packed, absmax, quant_type, blocksize)
         packed uint8 [ceil(N K / 2)] and absmax fp32 [ceil(N K / blocksize)] from a contiguous weight
@@ -57,6 +60,8 @@ Nested4 = tuple[Tensor, Tensor, Tensor, int]
 Weight4 = tuple[Tensor, Tensor, Nested4 | None, str, int, int, int]
 # values, grouped, length
 Spread = tuple[Tensor, bool, int]
+# grouped, length: how one end of MoRA is walked, as in compress and spread
+Walk = tuple[bool, int]
 
 Primitive = Callable[..., None]
 
@@ -66,7 +71,7 @@ class Call(NamedTuple):
 
     primitive: str
     device: torch.device
-    # of x for matmul, compress, blocks and dropout, of dY for the gradients, of out for dequantize, of weight
+    # of x for matmul, compress, mora and dropout, of dY for the gradients, of out for dequantize, of weight
     # for quantize
     dtype: torch.dtype
 
@@ -83,7 +88,7 @@ def gemm_onto(
     t: Tensor | None,
     u: Tensor | None,
     bias: Tensor | None,
-    spread: Spread | None,
+    spread: Spread | None = None,
 ) -> None:
     """matmul_dense by torch's GEMM: `matmul`, the backend's own, writes the addends in one thin pass, and the
     GEMM then adds to them in its own epilogue."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from peftkern import reference
 from peftkern.backends import Backend, Call, Spread, Weight4, product_by_product
-from peftkern.backends.blocks import Blocks
+from peftkern.backends.mora import Composed, onto_base
 from peftkern.formats import DoubleQuant, QuantizedWeight
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -84,7 +84,7 @@ def supports(call: Call) -> str | None:
     return None
 
 
-_BLOCKS = Blocks(matmul, matmul_dense, compress, rows=384, scratch=1 << 21)
+_MORA = Composed(matmul, compress, scratch=1 << 21)
 
 BACKEND = Backend(
     name="reference",
@@ -93,8 +93,8 @@ BACKEND = Backend(
         "matmul_dense": matmul_dense,
         "output_grads": partial(product_by_product, matmul),
         "compress": compress,
-        "blocks": _BLOCKS.product,
-        "blocks_grad": _BLOCKS.grad,
+        "mora": partial(onto_base, _MORA.alone, matmul, matmul_dense, 384),
+        "mora_grad": _MORA.grad,
         "dequantize": dequantize,
         "quantize": quantize,
         "dropout": dropout,

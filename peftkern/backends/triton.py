@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from peftkern.backends import Backend, Call, Spread, Weight4, gemm_onto, product_by_product
-from peftkern.backends.blocks import Blocks
+from peftkern.backends import Backend, Call, Spread, Walk, Weight4, gemm_onto, product_by_product
+from peftkern.backends.mora import Composed, onto_base
 
 if TYPE_CHECKING:
     from peftkern.triton_kernels.launch import Launch, Machine
@@ -68,7 +68,7 @@ def detail(call: Call) -> str:
     text = f"Triton, sm_{machine.capability}"
     if call.primitive == "matmul_dense":
         return f"cuBLAS, the addend by {text}"
-    if call.primitive in ("matmul", "blocks"):
+    if call.primitive in ("matmul", "mora"):
         full = call.dtype == torch.float32
         limit = choices.CROSSOVER_FLOAT32 if full else choices.of(choices.CROSSOVER, machine)
         return f"{text}; a 4-bit W fused below {limit} rows, dequantized for cuBLAS from there on"
@@ -184,39 +184,49 @@ def dropout(out: Tensor, x: Tensor, p: float, seed: Tensor) -> None:
     _run(kernels.plan(out, x, keep_threshold(p), seed), x.device)
 
 
-def blocks(
+# one block, and dM of several: for some rows at a time, so that the middles are bounded
+_COMPOSED = Composed(matmul, compress, scratch=1 << 26)
+
+
+def mora(
     out: Tensor,
+    z: Tensor | None,
     x: Tensor,
     weight: Weight4 | Tensor | None,
     transposed: bool,
     matrix: Tensor,
     scaling: float,
     bias: Tensor | None,
+    inner: Walk,
+    outer: Walk,
+    columns: int,
     rotation: Tensor | None,
-    width: int,
 ) -> None:
+    """Several blocks: M is turned, not x (triton_kernels/blocks.py), and there is no z. One: composed."""
     from peftkern.triton_kernels import matmul as kernels
 
-    size, outputs = matrix.shape[0], out.shape[1]
-    if x.shape[0] == 0 or outputs == 0:
+    (rows, outputs), size = out.shape, matrix.shape[0]
+    if columns == size:
+        base = (_COMPOSED.alone, matmul, matmul_dense, rows)
+        ends = (inner, outer, columns, rotation)
+        onto_base(*base, out, z, x, weight, transposed, matrix, scaling, bias, *ends)
+        return
+    if rows == 0 or outputs == 0:
         return
     u = matrix
     if rotation is not None:  # the matrix, turned back for each block
-        u = x.new_empty(size, width)
-        compress(u, matrix, False, width, rotation, True)
+        u = x.new_empty(size, columns)
+        compress(u, matrix, False, columns, rotation, True)
     dense = _dequantized(x, weight) if isinstance(weight, tuple) else weight
     factor: Tensor = x
     if dense is not None or weight is None:  # the addend alone, onto which cuBLAS adds
         factor, weight = x[:, :0], x.new_empty((0, outputs) if transposed else (outputs, 0))
     machine = _machine(x.device)
-    middle = (width // size, scaling)
+    middle = (columns // size, scaling)
     _run(kernels.plan(machine, out, factor, weight, transposed, 1.0, x, u, bias, None, middle), x.device)
     if dense is not None:
         out.addmm_(x, dense if transposed else dense.t())
 
-
-# dM alone: parts of the rows, so that the middles are bounded
-_BLOCKS = Blocks(matmul, matmul_dense, compress, rows=4096, scratch=1 << 26)
 
 BACKEND = Backend(
     name="triton",
@@ -225,8 +235,8 @@ BACKEND = Backend(
         "matmul_dense": matmul_dense,
         "output_grads": output_grads,
         "compress": compress,
-        "blocks": blocks,
-        "blocks_grad": _BLOCKS.grad,
+        "mora": mora,
+        "mora_grad": _COMPOSED.grad,
         "dequantize": dequantize,
         "quantize": quantize,
         "dropout": dropout,

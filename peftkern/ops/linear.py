@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from torch.library import Library
 
 from peftkern import dispatch
-from peftkern.backends import Call, Primitive, Spread, Weight4
+from peftkern.backends import Call, Primitive, Weight4
 from peftkern.dispatch import find
 from peftkern.formats import QuantizedWeight
 
@@ -229,25 +229,19 @@ def base_matmul(
     t: Tensor | None = None,
     u: Tensor | None = None,
     bias: Tensor | None = None,
-    spread: Spread | None = None,
 ) -> Tensor:
-    """x Wᵀ, or x W when transposed, + t uᵀ + bias + spread: one pass over W, dense or 4-bit. [M, outputs]"""
+    """x Wᵀ, or x W when transposed, + t uᵀ + bias: one pass over W, dense or 4-bit. [M, outputs]"""
     if row is None:
-        values, grouped, length = (None, False, 0) if spread is None else spread
         if isinstance(weight, tuple):
             tensors, spec = flatten4(weight)
-            return _OPS.matmul_4bit(  # type: ignore[no-any-return]
-                x, *tensors, *spec, transposed, t, u, bias, values, grouped, length
-            )
-        return _OPS.matmul_dense(  # type: ignore[no-any-return]
-            x, weight, transposed, t, u, bias, values, grouped, length
-        )
+            return _OPS.matmul_4bit(x, *tensors, *spec, transposed, t, u, bias)  # type: ignore[no-any-return]
+        return _OPS.matmul_dense(x, weight, transposed, t, u, bias)  # type: ignore[no-any-return]
     if isinstance(weight, tuple):
         out = x.new_empty(x.shape[0], weight[6] if transposed else weight[5])
-        row(out, x, weight, transposed, 1.0, t, u, bias, spread)
+        row(out, x, weight, transposed, 1.0, t, u, bias)
     else:
         out = x.new_empty(x.shape[0], weight.shape[1] if transposed else weight.shape[0])
-        find("matmul_dense", x.device, x.dtype)(out, x, weight, transposed, t, u, bias, spread)
+        find("matmul_dense", x.device, x.dtype)(out, x, weight, transposed, t, u, bias)
     return out
 
 
@@ -326,14 +320,10 @@ def _matmul_4bit(
     t: Tensor | None,
     u: Tensor | None,
     bias: Tensor | None,
-    values: Tensor | None = None,
-    grouped: bool = False,
-    length: int = 0,
 ) -> Tensor:
     spec = (quant_type, blocksize, blocksize2, rows, columns)
     weight = weight4(packed, absmax, absmax2, code, offset, spec)
-    spread = None if values is None else (values, grouped, length)
-    return base_matmul(matmul_row(False, x), x, weight, transposed, t, u, bias, spread)
+    return base_matmul(matmul_row(False, x), x, weight, transposed, t, u, bias)
 
 
 def _matmul_4bit_fake(x: Tensor, *args: Any) -> Tensor:
@@ -348,12 +338,8 @@ def _matmul_dense(
     t: Tensor | None,
     u: Tensor | None,
     bias: Tensor | None,
-    values: Tensor | None = None,
-    grouped: bool = False,
-    length: int = 0,
 ) -> Tensor:
-    spread = None if values is None else (values, grouped, length)
-    return base_matmul(matmul_row(False, x), x, weight, transposed, t, u, bias, spread)
+    return base_matmul(matmul_row(False, x), x, weight, transposed, t, u, bias)
 
 
 def _matmul_dense_fake(x: Tensor, weight: Tensor, transposed: bool, *args: Any) -> Tensor:
@@ -441,13 +427,12 @@ def register(schema: str, implementation: Any, fake: Any) -> None:
 register(
     "matmul_4bit(Tensor x, Tensor packed, Tensor absmax, Tensor? absmax2, Tensor? code, Tensor? offset, "
     "str quant_type, int blocksize, int blocksize2, int rows, int columns, bool transposed, "
-    "Tensor? t, Tensor? u, Tensor? bias, Tensor? values=None, bool grouped=False, SymInt length=0) -> Tensor",
+    "Tensor? t, Tensor? u, Tensor? bias) -> Tensor",
     _matmul_4bit,
     _matmul_4bit_fake,
 )
 register(
-    "matmul_dense(Tensor x, Tensor weight, bool transposed, Tensor? t, Tensor? u, Tensor? bias, "
-    "Tensor? values=None, bool grouped=False, SymInt length=0) -> Tensor",
+    "matmul_dense(Tensor x, Tensor weight, bool transposed, Tensor? t, Tensor? u, Tensor? bias) -> Tensor",
     _matmul_dense,
     _matmul_dense_fake,
 )

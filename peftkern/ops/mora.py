@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from peftkern import dispatch, reference
-from peftkern.backends import Call, Primitive, Spread, Weight4
+from peftkern.backends import Call, Weight4
 from peftkern.dispatch import find
 from peftkern.formats import QuantizedWeight
 from peftkern.ops.linear import (
@@ -24,7 +24,6 @@ from peftkern.ops.linear import (
     WeightSpec,
     as_rows,
     autocast_dtype,
-    base_matmul,
     check_base,
     check_scaling,
     check_size,
@@ -34,13 +33,11 @@ from peftkern.ops.linear import (
     flatten_weight,
     is_direct,
     like_rows,
-    matmul_row,
     needs_graph,
     no_double_backward,
     output_grads,
     refuse,
     register,
-    thin_matmul,
     weight4,
 )
 from peftkern.reference import mora_kind
@@ -74,100 +71,74 @@ def _rotation(size: int, blocks: int, device: torch.device) -> Tensor:
         return reference.rotation_table(size, blocks, device)
 
 
-def _compress(traced: bool, x: Tensor, columns: int, ends: tuple[bool, int]) -> Tensor:
-    """[M, I] → [M, columns] in x's dtype."""
-    grouped, length = ends
-    if traced:
-        return _OPS.compress(x, columns, grouped, length)  # type: ignore[no-any-return]
-    out = x.new_empty(x.shape[0], columns)
-    find("compress", x.device, x.dtype)(out, x, grouped, length, None, False)
-    return out
-
-
-def _spread(row: Primitive | None, spread: Spread, outputs: int, dtype: torch.dtype) -> Tensor:
-    """[M, P] → [M, outputs] of dtype: the epilogue of a product of nothing."""
-    values, grouped, length = spread
-    if row is None:
-        return _OPS.spread(values, outputs, grouped, length, dtype)  # type: ignore[no-any-return]
-    rows = values.shape[0]
-    out = values.new_empty(rows, outputs, dtype=dtype)
-    row(out, out.new_empty(rows, 0), out.new_empty(outputs, 0), False, 1.0, None, None, None, spread)
-    return out
-
-
-def _expand(
-    row: Primitive | None,
-    x: Tensor,
-    weight: Weight4 | Tensor | None,
-    transposed: bool,
-    outputs: int,
-    bias: Tensor | None,
-    spread: Spread,
-) -> Tensor:
-    """The base product, if there is one, with the spread in its epilogue."""
-    if weight is None:
-        return _spread(row, spread, outputs, x.dtype)
-    return base_matmul(row, x, weight, transposed, None, None, bias, spread)
-
-
-# ---- several blocks (type 6, decoupling)
-
-
-def _blocks(
+def _product(
     x: Tensor,
     matrix: Tensor,
     bias: Tensor | None,
     weight: Weight4 | Tensor | None,
     outputs: int,
-    rotated: bool,
+    kind: int | str,
     scaling: float,
-) -> Tensor:
-    """x Wᵀ + bias + scaling · mora(x), [M, outputs]."""
-    out = _blocks_fake(x, outputs)
-    table, width = _middle(matrix.shape[0], x.shape[1], outputs, rotated, x.device)
-    find("blocks", x.device, x.dtype)(out, x, weight, False, matrix, scaling, bias, table, width)
-    return out
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    """x Wᵀ + bias + scaling · mora(x), [M, outputs]; z [M, r̂] where one block keeps it, else empty."""
+    out, z = _product_fake(x, matrix, outputs, kind, keep)
+    size = matrix.shape[0]
+    plan = _plan(kind, size, x.shape[1], outputs)
+    find("mora", x.device, x.dtype)(
+        out, z if keep and plan.blocks == 1 else None, x, weight, False, matrix, scaling, bias, plan.inner,
+        plan.outer, plan.blocks * size, _table(plan, size, x.device),
+    )  # fmt: skip
+    return out, z
 
 
-def _blocks_fake(x: Tensor, outputs: int) -> Tensor:
-    return x.new_empty((x.shape[0], outputs))
+def _product_fake(
+    x: Tensor, matrix: Tensor, outputs: int, kind: int | str, keep: bool
+) -> tuple[Tensor, Tensor]:
+    size = matrix.shape[0]
+    kept = keep and _plan(kind, size, x.shape[1], outputs).blocks == 1
+    return x.new_empty((x.shape[0], outputs)), x.new_empty((x.shape[0], size) if kept else (0, 0))
 
 
-def _middle(
-    size: int, inputs: int, outputs: int, rotated: bool, device: torch.device
-) -> tuple[Tensor | None, int]:
-    """The rotation, if there is one, and the width n r̂."""
-    plan = _plan(6 if rotated else "decoupling", size, inputs, outputs)
-    return _rotation(size, plan.blocks, device) if rotated else None, plan.blocks * size
-
-
-def _blocks_backward(
+def _gradients(
     dY: Tensor,
-    x: Tensor | None,
+    source: Tensor | None,
     matrix: Tensor | None,
     weight: Weight4 | Tensor | None,
     inputs: int,
     size: int,
-    rotated: bool,
+    kind: int | str,
     scaling: float,
 ) -> tuple[Tensor, Tensor]:
-    """Given M, dx = dY W + scaling · (mora's adjoint)(dY); given x, dM = scaling · Σ gᵀ z in fp32, over rows
-    and blocks. What is not asked for is empty."""
-    dx, dM = _blocks_backward_fake(dY, x, matrix, inputs, size)
-    table, width = _middle(size, inputs, dY.shape[1], rotated, dY.device)
+    """Given M, dx = dY W + scaling · (mora's adjoint)(dY); given the source, which is z of one block and x of
+    several, dM = scaling · Σ gᵀ z in fp32, over rows and blocks. What is not asked for is empty."""
+    dx, dM = _gradients_fake(dY, source, matrix, inputs, size)
+    rows, outputs = dY.shape
+    plan = _plan(kind, size, inputs, outputs)
+    columns, table = plan.blocks * size, _table(plan, size, dY.device)
+    g = dY.new_empty(rows, size) if plan.blocks == 1 and source is not None else None
     if matrix is not None:
-        find("blocks", dY.device, dY.dtype)(dx, dY, weight, True, matrix, scaling, None, table, width)
-    if x is not None:
-        find("blocks_grad", dY.device, dY.dtype)(dM, dY, x, scaling, table, width)
+        find("mora", dY.device, dY.dtype)(
+            dx, g, dY, weight, True, matrix, scaling, None, plan.outer, plan.inner, columns, table
+        )
+    elif g is not None:
+        find("compress", dY.device, dY.dtype)(g, dY, *plan.outer, None, False)
+    if source is not None:
+        given = dY if g is None else g
+        find("mora_grad", dY.device, dY.dtype)(dM, given, source, scaling, columns, table)
     return dx, dM
 
 
-def _blocks_backward_fake(
-    dY: Tensor, x: Tensor | None, matrix: Tensor | None, inputs: int, size: int
+def _gradients_fake(
+    dY: Tensor, source: Tensor | None, matrix: Tensor | None, inputs: int, size: int
 ) -> tuple[Tensor, Tensor]:
-    size = 0 if x is None else size
+    size = 0 if source is None else size
     dx = dY.new_empty((0 if matrix is None else dY.shape[0], inputs))
     return dx, dY.new_empty((size, size), dtype=torch.float32)
+
+
+def _table(plan: _Plan, size: int, device: torch.device) -> Tensor | None:
+    return _rotation(size, plan.blocks, device) if plan.rotated else None
 
 
 # ---- library ops
@@ -188,43 +159,32 @@ def _unflat(dense: Tensor | None, packed: Tensor | None, *rest: Any) -> Weight4 
     return weight4(packed, absmax, absmax2, code, offset, tuple(spec))
 
 
-def _blocks_op(x: Tensor, matrix: Tensor, bias: Tensor | None, *args: Any) -> Tensor:
-    *flat, outputs, rotated, scaling = args
-    return _blocks(x, matrix, bias, _unflat(*flat), outputs, rotated, scaling)
+def _kind(name: str) -> int | str:
+    """From what a schema takes: mora_kind's names as strings."""
+    return int(name) if name.isdigit() else name
 
 
-def _blocks_op_fake(x: Tensor, matrix: Tensor, bias: Tensor | None, *args: Any) -> Tensor:
-    return _blocks_fake(x, args[-3])
+def _mora_op(x: Tensor, matrix: Tensor, bias: Tensor | None, *args: Any) -> tuple[Tensor, Tensor]:
+    *flat, outputs, kind, scaling, keep = args
+    return _product(x, matrix, bias, _unflat(*flat), outputs, _kind(kind), scaling, keep)
 
 
-def _blocks_backward_op(
-    grad: Tensor, x: Tensor | None, matrix: Tensor | None, *args: Any
+def _mora_op_fake(x: Tensor, matrix: Tensor, bias: Tensor | None, *args: Any) -> tuple[Tensor, Tensor]:
+    *_, outputs, kind, _, keep = args
+    return _product_fake(x, matrix, outputs, _kind(kind), keep)
+
+
+def _mora_backward_op(
+    grad: Tensor, source: Tensor | None, matrix: Tensor | None, *args: Any
 ) -> tuple[Tensor, Tensor]:
-    *flat, inputs, size, rotated, scaling = args
-    return _blocks_backward(grad, x, matrix, _unflat(*flat), inputs, size, rotated, scaling)
+    *flat, inputs, size, kind, scaling = args
+    return _gradients(grad, source, matrix, _unflat(*flat), inputs, size, _kind(kind), scaling)
 
 
-def _blocks_backward_op_fake(
-    grad: Tensor, x: Tensor | None, matrix: Tensor | None, *args: Any
+def _mora_backward_op_fake(
+    grad: Tensor, source: Tensor | None, matrix: Tensor | None, *args: Any
 ) -> tuple[Tensor, Tensor]:
-    return _blocks_backward_fake(grad, x, matrix, *args[-4:-2])
-
-
-def _compress_op(x: Tensor, columns: int, grouped: bool, length: int) -> Tensor:
-    return _compress(False, x, columns, (grouped, length))
-
-
-def _compress_fake(x: Tensor, columns: int, grouped: bool, length: int) -> Tensor:
-    return x.new_empty((x.shape[0], columns))
-
-
-def _spread_op(values: Tensor, outputs: int, grouped: bool, length: int, dtype: torch.dtype) -> Tensor:
-    row = find("matmul", values.device, dtype)
-    return _spread(row, (values, grouped, length), outputs, dtype)
-
-
-def _spread_fake(values: Tensor, outputs: int, grouped: bool, length: int, dtype: torch.dtype) -> Tensor:
-    return values.new_empty((values.shape[0], outputs), dtype=dtype)
+    return _gradients_fake(grad, source, matrix, *args[-4:-2])
 
 
 _WEIGHT = (
@@ -232,26 +192,16 @@ _WEIGHT = (
     "str quant_type, int blocksize, int blocksize2, int rows, int columns"
 )
 register(
-    "compress(Tensor x, SymInt columns, bool grouped, SymInt length) -> Tensor",
-    _compress_op,
-    _compress_fake,
+    f"mora(Tensor x, Tensor matrix, Tensor? bias, {_WEIGHT}, SymInt outputs, str kind, float scaling, "
+    "bool keep) -> (Tensor, Tensor)",
+    _mora_op,
+    _mora_op_fake,
 )
 register(
-    "spread(Tensor values, SymInt outputs, bool grouped, SymInt length, ScalarType dtype) -> Tensor",
-    _spread_op,
-    _spread_fake,
-)
-register(
-    f"mora_blocks(Tensor x, Tensor matrix, Tensor? bias, {_WEIGHT}, SymInt outputs, bool rotated, "
-    "float scaling) -> Tensor",
-    _blocks_op,
-    _blocks_op_fake,
-)
-register(
-    f"mora_blocks_backward(Tensor grad, Tensor? x, Tensor? matrix, {_WEIGHT}, SymInt inputs, SymInt size, "
-    "bool rotated, float scaling) -> (Tensor, Tensor)",
-    _blocks_backward_op,
-    _blocks_backward_op_fake,
+    f"mora_backward(Tensor grad, Tensor? source, Tensor? matrix, {_WEIGHT}, SymInt inputs, SymInt size, "
+    "str kind, float scaling) -> (Tensor, Tensor)",
+    _mora_backward_op,
+    _mora_backward_op_fake,
 )
 
 
@@ -267,22 +217,16 @@ def _forward(
     outputs: int,
     kind: int | str,
     scaling: float,
+    keep: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Y [..., O] and, where there is one block, z = compress(x) [M, r̂], rounded to x's dtype."""
-    size, inputs = matrix.shape[0], x.shape[-1]
-    plan = _plan(kind, size, inputs, outputs)
-    rows = x if x.ndim == 2 else as_rows(x, inputs)
-    if plan.blocks == 1:
-        row = matmul_row(traced, x)
-        z = _compress(traced, rows, size, plan.inner)
-        v = thin_matmul(row, z, matrix, False, scaling, torch.float32)
-        y = _expand(row, rows, weight, False, outputs, bias, (v, *plan.outer))
-        return like_rows(y, x), z
+    """Y [..., O] and, to keep where there is one block, z = compress(x) [M, r̂], rounded to x's dtype."""
+    rows = x if x.ndim == 2 else as_rows(x, x.shape[-1])
     if traced:
-        y = _OPS.mora_blocks(rows, matrix, bias, *_flat(weight), outputs, plan.rotated, scaling)
+        y, z = _OPS.mora(rows, matrix, bias, *_flat(weight), outputs, str(kind), scaling, keep)
     else:
-        y = _blocks(rows, matrix, bias, weight, outputs, plan.rotated, scaling)
-    return like_rows(y, x), None
+        y, z = _product(rows, matrix, bias, weight, outputs, kind, scaling, keep)
+    several = _plan(kind, matrix.shape[0], x.shape[-1], outputs).blocks > 1
+    return like_rows(y, x), None if several or not keep else z
 
 
 def _save(
@@ -315,26 +259,18 @@ def _backward(ctx: Any, traced: bool, grad: Tensor) -> tuple[Any, ...]:
     needs_x, needs_M, _, needs_W = ctx.needs_input_grad[:4]
     spec, kind, scaling, inputs, size, matrix_dtype, bias_dtype = ctx.settings
     dY = as_rows(grad, grad.shape[-1])
-    row = matmul_row(traced, dY)
     weight = dense if packed is None else weight4(packed, absmax, absmax2, code, offset, spec)
     dx = dM = dW = None
     if needs_x or needs_M:
-        plan = _plan(kind, size, inputs, dY.shape[1])
-        if plan.blocks == 1:
-            g = _compress(traced, dY, size, plan.outer)
-            if needs_M:
-                dM = thin_matmul(row, g.t(), z, True, scaling, matrix_dtype)  # s gᵀ z
-            if needs_x:
-                v = thin_matmul(row, g, matrix, True, scaling, torch.float32)  # s g M
-                dx = _expand(row, dY, weight, True, inputs, None, (v, *plan.inner))
+        source = None
+        if needs_M:
+            source = as_rows(x, inputs) if z is None else z
+        if traced:
+            settings = inputs, size, str(kind), scaling
+            dx, dM = _OPS.mora_backward(dY, source, matrix, *_flat(weight), *settings)
         else:
-            rows = as_rows(x, inputs) if needs_M else None
-            settings = inputs, size, plan.rotated, scaling
-            if traced:
-                dx, dM = _OPS.mora_blocks_backward(dY, rows, matrix, *_flat(weight), *settings)
-            else:
-                dx, dM = _blocks_backward(dY, rows, matrix, weight, *settings)
-            dx, dM = dx if needs_x else None, dM.to(matrix_dtype) if needs_M else None
+            dx, dM = _gradients(dY, source, matrix, weight, inputs, size, kind, scaling)
+        dx, dM = dx if needs_x else None, dM.to(matrix_dtype) if needs_M else None
     if dx is not None and grad.ndim != 2:
         dx = dx.view(*grad.shape[:-1], inputs)
     _, _, dbias = output_grads(traced, dY, None, None, 1.0, None, bias_dtype)
@@ -359,7 +295,7 @@ class _MoraLinear(torch.autograd.Function):
         scaling: float,
     ) -> Tensor:
         weight: Any = dense if quantized is None else quantized.kernel_args
-        y, z = _forward(False, x, matrix, bias, weight, outputs, kind, scaling)
+        y, z = _forward(False, x, matrix, bias, weight, outputs, kind, scaling, ctx.needs_input_grad[1])
         ctx.op = "mora" if weight is None else "mora_linear"
         tensors, spec = NO_WEIGHT if quantized is None else flatten_weight(quantized)
         _save(ctx, x, matrix, bias, dense, tensors, spec, kind, scaling, z)
@@ -396,7 +332,7 @@ class _MoraLinearTraced(torch.autograd.Function):
         weight: Weight4 | Tensor | None = dense
         if packed is not None and absmax is not None and spec is not None:
             weight = weight4(packed, absmax, absmax2, code, offset, spec)
-        y, z = _forward(True, x, matrix, bias, weight, outputs, kind, scaling)
+        y, z = _forward(True, x, matrix, bias, weight, outputs, kind, scaling, True)
         return (y,) if z is None else (y, z)
 
     @staticmethod
@@ -436,7 +372,7 @@ def _apply(
             x, matrix, bias, dense, quantized, outputs, kind, scaling
         )
     operand: Any = dense if quantized is None else quantized.kernel_args
-    return _forward(False, x, matrix, bias, operand, outputs, kind, scaling)[0]
+    return _forward(False, x, matrix, bias, operand, outputs, kind, scaling, False)[0]
 
 
 # ---- the public ops
@@ -501,9 +437,11 @@ def mora(x: Tensor, matrix: Tensor, out_features: int, mora_type: int | str = 1)
 
     Backward, with g the compression of dY as y's spreading has it: dX = the spreading of g M as x's
     compression has it, dM = Σ gᵀ z over the rows, in M's dtype; only what is asked for. Saved: z [M, r̂], not
-    x, and M; for 6 and "decoupling" with n > 1, x by reference and M, and what lies between, as wide as x, is
-    made for some rows at a time, in at most 2 MB, and anew in backward, in at most 4 MB (one row at a time
-    where that is more; on triton 64 MB for dM, and for y and dX n matrices M, turned by each block, instead).
+    x, and M; for 6 and "decoupling" with n > 1, x by reference and M. What lies between, as wide as x, is
+    never made as a whole: on cpu y, dX and dM come from a pass over x, over dY and over both, some rows at a
+    time on their way through the L2 cache, and where M is large for so few rows, and on reference, of parts
+    in at most 2 MB, dX in 4 (a row where that is more); on triton dM takes 64 MB, and y and dX n matrices M,
+    turned by each block.
     First derivatives in reverse mode only: double backward and forward mode raise RuntimeError. Under
     torch.autocast x is cast as F.linear casts it.
 
@@ -518,24 +456,9 @@ def mora(x: Tensor, matrix: Tensor, out_features: int, mora_type: int | str = 1)
     return _apply(x, None, matrix, out_features, kind, 1.0, None)
 
 
-def _primitives(
-    x: Tensor,
-    dtype: torch.dtype,
-    weight: QuantizedWeight | Tensor | None,
-    matrix: Tensor,
-    outputs: int,
-    kind: int | str,
-) -> tuple[Call, ...]:
-    if _plan(kind, matrix.shape[0], x.shape[-1], outputs).blocks > 1:
-        names = ["blocks"]
-    else:
-        names = ["compress", "matmul"] + ["matmul_dense"] * isinstance(weight, Tensor)
-    return tuple(Call(name, x.device, dtype) for name in names)
-
-
 def _mora_calls(x: Tensor, matrix: Tensor, out_features: int, mora_type: int | str = 1) -> tuple[Call, ...]:
-    dtype, kind = _check_mora(x, matrix, out_features, mora_type)
-    return _primitives(x, dtype, None, matrix, out_features, kind)
+    dtype, _ = _check_mora(x, matrix, out_features, mora_type)
+    return (Call("mora", x.device, dtype),)
 
 
 dispatch.CALLS["mora"] = _mora_calls
@@ -583,9 +506,8 @@ def mora_linear(
     parameter's dtype, and only those that are asked for. A QuantizedWeight is frozen; a dense W that requires
     grad gets dW = dYᵀ X. Saved: z [M, r̂], M and the weight by reference, never a dequantized W, and x only
     for a dense W that requires grad; for type 6 and "decoupling" with K > r̂, x by reference instead of z,
-    and both passes go through row blocks: u, as wide as x and in fp32, exists for at most 384 rows at a time
-    (for all where there are fewer), beside at most 1 MB of what else lies between, 3 MB in backward (or one
-    row of it, where that is more; on triton as `mora` says, and no u). First derivatives in reverse mode
+    and u, as wide as x and in fp32, exists for at most 384 rows at a time (for all where there are fewer),
+    beside what `mora` says (on triton no u). First derivatives in reverse mode
     only: double backward and forward mode raise RuntimeError. Under torch.autocast x and a dense W are cast
     as F.linear casts them; the matrix is brought to that dtype inside the product and keeps its own for its
     gradient.
@@ -608,8 +530,8 @@ def _linear_calls(
     scaling: float = 1.0,
     bias: Tensor | None = None,
 ) -> tuple[Call, ...]:
-    dtype, kind = _check_linear(x, weight, matrix, mora_type, scaling, bias)
-    return _primitives(x, dtype, weight, matrix, weight.shape[0], kind)
+    dtype, _ = _check_linear(x, weight, matrix, mora_type, scaling, bias)
+    return (Call("mora", x.device, dtype),)
 
 
 dispatch.CALLS["mora_linear"] = _linear_calls
