@@ -121,8 +121,8 @@ PackedWeight packed_weight(py::handle object, const TensorView& out) {
   return w;
 }
 
-// grouped or cyclic, and how far the cycles go: an addressable number of columns. Beyond that a sum of column numbers
-// might not fit 64 bits.
+// grouped or cyclic, and how far the cycles go: an addressable number of columns. Beyond that a sum of column
+// numbers might not fit 64 bits.
 void expect_walk(const char* grouped_name, py::handle grouped, const char* length_name, py::handle length) {
   constexpr int64_t kMost = int64_t{1} << 48;
   if (!PyBool_Check(grouped.ptr()))
@@ -337,10 +337,16 @@ std::pair<bool, int64_t> walk(const char* name, py::handle object) {
   return {grouped.ptr() == Py_True, integer(name, length)};
 }
 
-void expect_blocks(int64_t columns, int64_t size) {
-  if (size < 1 || columns < 1 || columns % size != 0)
-    throw py::value_error(
-        text("columns: expected a multiple of the matrix's rows, ", size, ", got ", columns));
+// The middle's columns, in blocks of `size`: as many blocks as the wider one of its ends takes, at most.
+// Working memory for a row of them, for 1024 threads, has to fit 63 bits.
+int64_t block_columns(py::handle object, int64_t size, int64_t widest) {
+  constexpr int64_t kMost = int64_t{1} << 40;
+  const int64_t columns = integer("columns", object);
+  if (columns > kMost) throw py::value_error(text("columns: expected at most 2^40, got ", columns));
+  if (size < 1 || columns < 1 || columns % size != 0 || columns - size >= std::max<int64_t>(widest, 1))
+    throw py::value_error(text("columns: expected a multiple of the matrix's rows, ", size, ", that covers ",
+                               widest, " columns and no block more, got ", columns));
+  return columns;
 }
 
 TensorView block_rotation(py::handle object, int64_t columns, int64_t size, const TensorView& out) {
@@ -353,9 +359,9 @@ TensorView block_rotation(py::handle object, int64_t columns, int64_t size, cons
 
 void bind_mora(py::handle out_object, py::handle z_object, py::handle x_object, py::handle matrix_object,
                bool transposed, float alpha, py::handle bias_object, py::handle inner, py::handle outer,
-               int64_t columns, py::handle rotation_object, int threads) {
+               py::handle columns_object, py::handle rotation_object, int threads) {
   MoraParams p;
-  p.threads = p.compress.threads = p.out.threads = checked_threads(threads);
+  p.threads = checked_threads(threads);
   p.alpha = alpha;
   const TensorView out = matrix_view("out", out_object);
   expect_no_self_overlap(out);
@@ -374,7 +380,7 @@ void bind_mora(py::handle out_object, py::handle z_object, py::handle x_object, 
   expect_disjoint(out, square);
   p.size = square.shape[0];
   expect_shape(square, {p.size, p.size});
-  expect_blocks(columns, p.size);
+  const int64_t columns = block_columns(columns_object, p.size, std::max(x.shape[1], out.shape[1]));
   p.matrix = transposed ? Matrix{square.data, float_dtype(square), square.strides[1], square.strides[0]}
                         : matrix(square);
   p.compress.columns = p.out.spread.columns = columns;
@@ -402,9 +408,11 @@ void bind_mora(py::handle out_object, py::handle z_object, py::handle x_object, 
     expect_shape(z, {out.shape[0], columns});
     expect_flat(z, z.numel);
     for (const TensorView* other : {&out, &x, &square}) expect_disjoint(z, *other);
+    if (!bias_object.is_none()) expect_disjoint(z, view("bias", bias_object));
+    if (!rotation_object.is_none()) expect_disjoint(z, view("rotation", rotation_object));
     p.compress.out = matrix(z);
   }
-  if (out.shape[0] == 0) return;
+  if (out.numel == 0 && (z_object.is_none() || out.shape[0] == 0)) return;
   const size_t bytes = static_cast<size_t>(out.end() - out.begin());
   py::gil_scoped_release release;
   prefer_huge_pages(out.data, bytes);
@@ -412,7 +420,7 @@ void bind_mora(py::handle out_object, py::handle z_object, py::handle x_object, 
 }
 
 void bind_mora_grad(py::handle out_object, py::handle grad_object, py::handle x_object, float alpha,
-                    int64_t columns, py::handle rotation_object, int threads) {
+                    py::handle columns_object, py::handle rotation_object, int threads) {
   MoraGradParams p;
   p.threads = checked_threads(threads);
   p.alpha = alpha;
@@ -421,9 +429,9 @@ void bind_mora_grad(py::handle out_object, py::handle grad_object, py::handle x_
   p.size = out.shape[0];
   expect_shape(out, {p.size, p.size});
   expect_flat(out, out.numel);
-  expect_blocks(columns, p.size);
   p.out = static_cast<float*>(out.data);
   const TensorView grad = matrix_view("grad", grad_object), x = matrix_view("x", x_object);
+  const int64_t columns = block_columns(columns_object, p.size, std::max(x.shape[1], grad.shape[1]));
   expect_shape(grad, {x.shape[0], grad.shape[1]});
   expect_dtype(grad, {x.dtype});
   const auto middle = [&](const TensorView& v, int64_t length) {

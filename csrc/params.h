@@ -57,10 +57,11 @@ struct QuantizeParams {
   int threads = 1;
 };
 
-// An addend with a few columns that many outputs share. Wide columns (the outputs) and narrow ones (of values):
+// An addend with a few columns that many outputs share. Wide columns (the outputs) and narrow ones (of
+// values):
 //   cyclic    for every p < length, wide column p mod wide goes with narrow column p mod columns
-//   grouped   the wide columns are cut into `columns` neighbouring groups, the first wide mod columns of them one
-//             longer than the others; group g goes with narrow column g
+//   grouped   the wide columns are cut into `columns` neighbouring groups, the first wide mod columns of them
+//             one longer than the others; group g goes with narrow column g
 // spread(m, o) = sum of values[m, q] over all pairs (o, q)
 struct Spread {
   Matrix values;  // fp32 [rows, columns], stride1 == 1
@@ -95,9 +96,10 @@ struct MatmulParams {
   int threads = 1;
 };
 
-// out[m, q] = sum of x[m, i] over all pairs (i, q) of the walk, see Spread, with x's columns as the wide ones. Then, with
-// a rotation, in every block of 2 * half columns, for j < half:
-//   (out[j], out[half + j]) = (out[j] cos - out[half + j] sin, out[half + j] cos + out[j] sin), sin negated if inverse
+// out[m, q] = sum of x[m, i] over all pairs (i, q) of the walk, see Spread, with x's columns as the wide
+// ones. Then, with a rotation, in every block of 2 * half columns, for j < half:
+//   (out[j], out[half + j]) = (out[j] cos - out[half + j] sin, out[half + j] cos + out[j] sin), sin negated
+//   if inverse
 struct CompressParams {
   int64_t rows = 0;
   int64_t wide = 0;
@@ -112,8 +114,8 @@ struct CompressParams {
   int threads = 1;
 };
 
-// MoRA without a base: z = compress(x), turned; v = alpha * z Mᵀ (or z M) in each block of `size` columns, in fp32, turned
-// back; out = bias + spread(v).
+// MoRA without a base: z = compress(x), turned; v = alpha * z Mᵀ (or z M) in each block of `size` columns, in
+// fp32, turned back; out = bias + spread(v).
 struct MoraParams {
   CompressParams compress;  // of x. out: where z is wanted, contiguous, of x's dtype; else without data
   int64_t size = 0;         // r̂

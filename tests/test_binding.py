@@ -474,6 +474,137 @@ def test_compress_shares_no_memory() -> None:
         compress(out=memory.view(-1)[: 8 * M].view(M, 8), rotation=memory.view(-1)[:8].view(1, 2, 4))
 
 
+def mora(**changes: Any) -> Tensor:
+    a: dict[str, Any] = {
+        "out": torch.full((M, 20), torch.nan),
+        "z": torch.full((M, 24), torch.nan),
+        "x": torch.randn(M, 22),
+        "matrix": torch.randn(6, 6),
+        "transposed": False,
+        "alpha": 1.0,
+        "bias": torch.randn(20),
+        "inner": (False, 24),
+        "outer": (False, 20),
+        "columns": 24,
+        "rotation": torch.randn(4, 2, 3),
+        "threads": 1,
+    }
+    a.update(changes)
+    _cpu.mora(*a.values())
+    return a["out"]
+
+
+def mora_grad(**changes: Any) -> Tensor:
+    a: dict[str, Any] = {
+        "out": torch.full((6, 6), torch.nan),
+        "grad": torch.randn(M, 20),
+        "x": torch.randn(M, 22),
+        "alpha": 1.0,
+        "columns": 24,
+        "rotation": torch.randn(4, 2, 3),
+        "threads": 1,
+    }
+    a.update(changes)
+    _cpu.mora_grad(*a.values())
+    return a["out"]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", [*NOT_TENSORS, *BAD_TENSORS])
+@pytest.mark.parametrize(
+    ("call", "argument", "shape"),
+    [
+        (mora, "out", (M, 20)),
+        (mora, "z", (M, 24)),
+        (mora, "x", (M, 22)),
+        (mora, "matrix", (6, 6)),
+        (mora, "bias", (20,)),
+        (mora, "rotation", (4, 2, 3)),
+        (mora_grad, "out", (6, 6)),
+        (mora_grad, "grad", (M, 20)),
+        (mora_grad, "x", (M, 22)),
+        (mora_grad, "rotation", (4, 2, 3)),
+    ],
+)
+def test_mora_refuses_tensors(
+    call: Callable[..., Tensor], argument: str, shape: tuple[int, ...], kind: str
+) -> None:
+    bad = {**NOT_TENSORS, **BAD_TENSORS}[kind](*shape)
+    if kind == "None" and argument in ("z", "bias", "rotation"):
+        call(**{argument: bad})
+        return
+    # one row more than the other's: which of them is wrong cannot be said
+    name = rf"(out|x|grad|matrix|{argument})" if kind.startswith("one row") else argument
+    with pytest.raises(
+        TypeError if kind in NOT_TENSORS else ValueError, match=rf"^{name}: expected .*, got "
+    ):
+        call(**{argument: bad})
+
+
+@pytest.mark.parametrize(
+    ("call", "change", "error", "message"),
+    [
+        (mora, {"out": torch.empty(1, 20).expand(M, 20)}, ValueError, "out: expected elements that do not"),
+        (mora, {"x": torch.randn(M + 1, 22)}, ValueError, r"x: expected shape \[3, 22\], got \[4, 22\]"),
+        (mora, {"z": torch.empty(M, 24).bfloat16()}, ValueError, "z: expected dtype torch.float32, got"),
+        (mora, {"z": torch.empty(M, 18)}, ValueError, r"z: expected shape \[3, 24\], got \[3, 18\]"),
+        (mora, {"z": torch.empty(24, M).t()}, ValueError, "z: expected a contiguous tensor"),
+        (mora, {"matrix": torch.randn(6, 5)}, ValueError, r"matrix: expected shape \[6, 6\], got \[6, 5\]"),
+        (mora, {"matrix": torch.randn(0, 0)}, ValueError, "columns: expected a multiple of .* 0, .* got 24"),
+        (mora, {"columns": 20}, ValueError, "columns: expected a multiple of .* 6, .* got 20"),
+        (mora, {"columns": 0}, ValueError, "columns: expected a multiple of .* got 0"),
+        (mora, {"columns": -6}, ValueError, "columns: expected a multiple of .* got -6"),
+        (mora, {"columns": 30}, ValueError, "columns: expected .* that covers 22 columns and no block more"),
+        (mora, {"columns": 6 * 2**45}, ValueError, r"columns: expected at most 2\^40, got 211106232532992"),
+        (mora, {"columns": 2**63}, ValueError, "columns: expected an int of 64 bits"),
+        (mora, {"columns": 24.0}, TypeError, "columns: expected an int, got float"),
+        (mora, {"inner": 24}, TypeError, r"inner: expected \(grouped, length\), got a int"),
+        (mora, {"inner": (False,)}, TypeError, r"inner: expected \(grouped, length\), got a tuple of 1"),
+        (mora, {"outer": (0, 20)}, TypeError, "outer: expected a bool, got int"),
+        (mora, {"outer": (False, -1)}, ValueError, r"outer: expected 0 to 2\^48, got -1"),
+        (mora, {"transposed": None}, TypeError, "incompatible function arguments"),
+        (mora, {"rotation": torch.zeros(2, 2, 6)}, ValueError, r"rotation: expected blocks of .* 6 / 2\]"),
+        (mora, {"rotation": torch.zeros(3, 2, 3)}, ValueError, r"rotation: expected shape .* 2 n h = 24"),
+        (mora, {"bias": torch.zeros(19)}, ValueError, r"bias: expected shape \[20\], got \[19\]"),
+        (mora, {"threads": 0}, ValueError, "threads: expected 1 to 1024, got 0"),
+        (mora_grad, {"out": torch.empty(6, 6).half()}, ValueError, "out: expected dtype torch.float32, got"),
+        (mora_grad, {"out": torch.empty(6, 5)}, ValueError, r"out: expected shape \[6, 6\], got \[6, 5\]"),
+        (mora_grad, {"out": torch.empty(6, 12)[:, ::2]}, ValueError, "out: expected a contiguous tensor"),
+        (mora_grad, {"grad": torch.randn(M, 20).half()}, ValueError, "grad: expected dtype torch.float32"),
+        (mora_grad, {"grad": torch.randn(M + 1, 20)}, ValueError, r"grad: expected shape \[3, 20\], got"),
+        (mora_grad, {"columns": 30}, ValueError, "columns: expected .* no block more, got 30"),
+        (mora_grad, {"columns": 18 + 1}, ValueError, "columns: expected a multiple of .* got 19"),
+        (mora_grad, {"rotation": torch.zeros(2, 2, 6)}, ValueError, "rotation: expected blocks of"),
+        (mora_grad, {"threads": 1025}, ValueError, "threads: expected 1 to 1024, got 1025"),
+    ],
+)  # fmt: skip
+def test_mora_refuses(
+    call: Callable[..., Tensor], change: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        call(**change)
+
+
+def test_mora_shares_no_memory() -> None:
+    memory = torch.randn(M, 64)
+    flat = memory.view(-1)
+    shared = {
+        "x": memory[:, :22],
+        "matrix": flat[:36].view(6, 6),
+        "bias": flat[:20],
+        "rotation": flat[:24].view(4, 2, 3),
+    }
+    for written, place in (("out", memory[:, :20]), ("z", flat[: 24 * M].view(M, 24))):
+        for name, tensor in shared.items():
+            with pytest.raises(ValueError, match=rf"{written}: expected memory apart from .* with {name}$"):
+                mora(**{written: place, name: tensor})
+    with pytest.raises(ValueError, match=r"z: expected memory apart from .* shared with out$"):
+        mora(out=memory[:, :20], z=flat[: 24 * M].view(M, 24))
+    for name, tensor in {"x": memory[:, :22], "grad": memory[:, :20], "rotation": shared["rotation"]}.items():
+        with pytest.raises(ValueError, match=rf"out: expected memory apart from .* shared with {name}$"):
+            mora_grad(out=shared["matrix"], **{name: tensor})
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 def test_probes(threads: int, isa: str) -> None:
     """What benchmarks compare with does what it says, and refuses what it cannot read."""
@@ -560,6 +691,14 @@ def test_empty_sizes() -> None:
     compress(out=torch.empty(M, 0))
     for grouped in (False, True):
         assert torch.equal(compress(x=torch.empty(M, 0), grouped=grouped), torch.zeros(M, 8))
+    mora(out=torch.empty(0, 20), z=torch.empty(0, 24), x=torch.empty(0, 22))
+    z = torch.full((M, 24), torch.nan)
+    mora(out=torch.empty(M, 0), bias=torch.empty(0), outer=(False, 0), z=z)
+    assert z.isfinite().all()
+    bias = torch.randn(20)
+    assert torch.equal(mora(x=torch.empty(M, 0), bias=bias), bias.expand(M, 20))
+    for empty in ({"x": torch.empty(0, 22), "grad": torch.empty(0, 20)}, {"grad": torch.empty(M, 0)}):
+        assert torch.equal(mora_grad(**empty), torch.zeros(6, 6))
 
 
 def test_threads_of_python_share_no_state() -> None:
@@ -607,6 +746,10 @@ def step():
     results.append(torch.empty(512, 512))
     spread = (results[2], True, 0)
     _cpu.matmul(results[3], w[:, :0], w[:, :0], False, 1.0, None, None, None, spread, 4)
+    results += [torch.empty(512, 512), torch.empty(64, 64)]
+    ends = (False, 512), (False, 512)
+    _cpu.mora(results[4], None, w, w[:64, :64], False, 1.0, None, *ends, 512, None, 4)
+    _cpu.mora_grad(results[5], w, w, 1.0, 512, None, 4)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for rows in (1, 8, 300):
             x = torch.linspace(-1, 1, rows * 512).view(rows, 512).to(dtype)

@@ -253,3 +253,107 @@ def test_compress_has_the_same_bits_on_any_thread_count(dtype: torch.dtype, isa:
                 out, x, grouped, 1010, torch.randn(1, 2, 101, generator=torch.manual_seed(1)), False, threads
             )
         assert all(torch.equal(out, outs[0]) for out in outs)
+
+
+# rows, x's columns, r̂, blocks, outputs: whole tiles and none, more than a strip, more than a chunk, one
+# column a block, ends wider and narrower than the middle
+MIDDLES = [
+    (70, 256, 64, 4, 256),
+    (33, 130, 66, 2, 100),
+    (5, 7, 1, 7, 9),
+    (3, 700, 2, 350, 700),
+    (40, 330, 330, 1, 400),
+    (19, 1300, 1100, 1, 50),
+    (9, 60, 17, 4, 68),
+    (130, 200, 48, 1, 300),
+]
+_MORA_IDS = ["-".join(map(str, middle)) for middle in MIDDLES]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("transposed", [False, True], ids=["plain", "transposed"])
+@pytest.mark.parametrize(("rows", "wide", "size", "blocks", "outputs"), MIDDLES, ids=_MORA_IDS)
+def test_mora_of_whole_numbers(
+    rows: int, wide: int, size: int, blocks: int, outputs: int, transposed: bool, dtype: torch.dtype, isa: str
+) -> None:
+    """Small ones, of which every product and sum is exact: each layout of each tensor, both ways to walk."""
+    columns = size * blocks
+    matrix = torch.randint(-1, 2, (size, size)).to(dtype)
+    w = (matrix.t() if transposed else matrix).double()
+    for grouped in [False, True][: 1 + (blocks == 1)]:
+        inner, outer = (grouped, 0 if grouped else columns), (grouped, 0 if grouped else outputs)
+        values = torch.zeros(rows, wide)
+        values[:, torch.randperm(wide)[:8]] = torch.randint(-1, 2, (rows, min(8, wide))).float()
+        middle, _ = summed(values, columns, *pairs(wide, columns, *inner))
+        v = 2 * (middle.view(rows, blocks, size) @ w.t()).reshape(rows, columns)
+        wide_of, narrow_of = pairs(outputs, columns, *outer)
+        bias = torch.randint(-2, 3, (outputs,))
+        expected = bias.double() + summed(v, outputs, narrow_of, wide_of)[0]
+        assert expected.abs().max() <= 256, "beyond what bf16 counts"
+        for name, out in layouts(rows, outputs, dtype).items():
+            for x in (values.to(dtype), values.to(dtype).t().contiguous().t()):
+                z = torch.full((rows, columns), torch.nan, dtype=dtype)
+                for kept in (z, None):
+                    for m in (matrix, matrix.t().contiguous().t()):
+                        out.fill_(torch.nan)
+                        _cpu.mora(
+                            out, kept, x, m, transposed, 2.0, bias.float(), inner, outer, columns, None, 2
+                        )
+                        assert torch.equal(out.double(), expected), name
+                assert torch.equal(z.double(), middle)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "wide", "size", "blocks", "outputs"), MIDDLES, ids=_MORA_IDS)
+def test_mora_grad_of_whole_numbers(
+    rows: int, wide: int, size: int, blocks: int, outputs: int, dtype: torch.dtype, isa: str
+) -> None:
+    columns = size * blocks
+    x, grad = torch.randint(-1, 2, (rows, wide)).float(), torch.randint(-1, 2, (rows, outputs)).float()
+    z, _ = summed(x, columns, *pairs(wide, columns, False, columns))
+    g, _ = summed(grad, columns, *pairs(outputs, columns, False, outputs))
+    expected = 0.5 * g.view(-1, size).t() @ z.view(-1, size)
+    for layout in (lambda t: t, lambda t: t.t().contiguous().t()):
+        out = torch.full((size, size), torch.nan)
+        _cpu.mora_grad(out, layout(grad.to(dtype)), layout(x.to(dtype)), 0.5, columns, None, 2)
+        assert torch.equal(out.double(), expected)
+
+
+@pytest.mark.parametrize("at", ["start", "end"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_mora_touches_nothing_else(dtype: torch.dtype, at: str, isa: str) -> None:
+    for rows, wide, size, blocks, outputs in MIDDLES:
+        columns = size * blocks
+        ends = (False, columns), (False, outputs), columns
+        table = guarded(torch.randn(blocks, 2, size // 2), at) if size % 2 == 0 else None
+        x, grad = (guarded(torch.randn(rows, n).to(dtype), at) for n in (wide, outputs))
+        matrix, out = guarded(torch.randn(size, size).to(dtype), at), torch.empty_like(grad)
+        z, out = (guarded(torch.full((rows, n), torch.nan).to(dtype), at) for n in (columns, outputs))
+        for transposed in (False, True):
+            _cpu.mora(out, z, x, matrix, transposed, 1.0, None, *ends, table, 2)
+            assert out.isfinite().all()
+            assert z.isfinite().all()
+        dM = guarded(torch.full((size, size), torch.nan), at)
+        _cpu.mora_grad(dM, grad, x, 1.0, columns, table, 2)
+        assert dM.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_mora_has_the_same_bits_on_any_thread_count(dtype: torch.dtype, isa: str) -> None:
+    """And whatever the other rows are."""
+    table = torch.randn(5, 2, 33)
+    x, grad, matrix = (torch.randn(*shape).to(dtype) for shape in ((200, 300), (200, 310), (66, 66)))
+    for transposed in (False, True):
+        ends = (False, 330), (False, 310), 330, table
+        outs = [torch.full((200, 310), torch.nan, dtype=dtype) for _ in range(4)]
+        for threads, out in enumerate(outs, 1):
+            _cpu.mora(out, None, x, matrix, transposed, 0.7, None, *ends, threads)
+        assert all(torch.equal(out, outs[0]) for out in outs)
+        for m in (0, 77, 199):
+            alone = torch.full((1, 310), torch.nan, dtype=dtype)
+            _cpu.mora(alone, None, x[m : m + 1], matrix, transposed, 0.7, None, *ends, 1)
+            assert torch.equal(alone, outs[0][m : m + 1])
+    sums = [torch.full((66, 66), torch.nan) for _ in range(4)]
+    for threads, dM in enumerate(sums, 1):
+        _cpu.mora_grad(dM, grad, x, 0.7, 330, table, threads)
+    assert all(torch.equal(dM, sums[0]) for dM in sums)

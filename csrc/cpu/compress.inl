@@ -1,15 +1,18 @@
-// out[m, q] = sum of x[m, i] over the columns i that go with q (CompressParams, Spread), fp32 sums, one rounding
+// out[m, q] = sum of x[m, i] over the columns i that go with q (CompressParams, Spread), fp32 sums, one
+// rounding
 //
-//   cyclic    x in passes of `columns` neighbours. The whole ones are added up in registers, some columns of every pass
-//             at a time; what is left, a pass cut short or one that starts over at x's first column, run by run to
-//             the sums in L1. Every column's terms are added in the order of p.
-//   grouped   a vector of partial sums for each group, its last elements masked; kWidth of them are then folded into
-//             one vector of sums. The order depends on the group's length alone.
+//   cyclic    x in passes of `columns` neighbours. The whole ones are added up in registers, some columns of
+//             every pass at a time; what is left, a pass cut short or one that starts over at x's first
+//             column, run by run to the sums in L1. Every column's terms are added in the order of p.
+//   grouped   a vector of partial sums for each group, its last elements masked; kWidth of them are then
+//             folded into one vector of sums. The order depends on the group's length alone.
 //
-//   floor     memory: x once, out once. 16 columns of bf16 are 3 micro-operations, 32 bytes: 4096 → 256 columns cost 300
-//             cycles a row, in which one core gets about 8 KB from L2, half of that from memory
+//   floor     memory: x once, out once. 16 columns of bf16 are 3 micro-operations, 32 bytes: 4096 → 256
+//             columns cost 300 cycles a row, in which one core gets about 8 KB from L2, half of that from
+//             memory
 //
-// A rotation with a single whole pass (MoRA's type 6: the middle is x itself) reads x and writes out, nothing between.
+// A rotation with a single whole pass (MoRA's type 6: the middle is x itself) reads x and writes out, nothing
+// between.
 #pragma once
 
 #include "cpu/decode.inl"
@@ -17,7 +20,8 @@
 namespace peftkern::PEFTKERN_ISA {
 namespace {
 
-// (out_first, out_second) = (y cos - z sin, z cos + y sin) of n columns y of `first` and z of `second`, `sign` times sin.
+// (out_first, out_second) = (y cos - z sin, z cos + y sin) of n columns y of `first` and z of `second`,
+// `sign` times sin.
 template <class S, class D>
 inline void turn(const S* first, const S* second, const float* cosine, const float* sine, Vec sign, int64_t n,
                  D* out_first, D* out_second) {

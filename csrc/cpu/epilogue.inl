@@ -1,11 +1,13 @@
-// What becomes of a matmul's sums: out[m, o] = alpha * sum + bias[o] + spread(m, o), one rounding to out's dtype.
+// What becomes of a matmul's sums: out[m, o] = alpha * sum + bias[o] + spread(m, o), one rounding to out's
+// dtype.
 //
-// Every kernel writes its output through this class, some columns of one row at a time. A cyclic spread is walked in
-// runs of neighbours: a long one is added from where it lies, short ones and columns with several addends are laid out
-// in L1 first. Of a grouped one, a vector of outputs takes its lanes from one vector of values.
+// Every kernel writes its output through this class, some columns of one row at a time. A cyclic spread is
+// walked in runs of neighbours: a long one is added from where it lies, short ones and columns with several
+// addends are laid out in L1 first. Of a grouped one, a vector of outputs takes its lanes from one vector of
+// values.
 //
-// Without a contraction (run_epilogue) this is all there is to do: it writes out once and reads values once, which
-// stay in L1 while their row is written; the floor is writing out.
+// Without a contraction (run_epilogue) this is all there is to do: it writes out once and reads values once,
+// which stay in L1 while their row is written; the floor is writing out.
 #pragma once
 
 #include <type_traits>

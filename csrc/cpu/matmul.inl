@@ -169,8 +169,8 @@ class Matmul {
                    [&](int64_t q, Elem* row) { read_row(transposed(dense), c + q, o0, outputs, row); });
   }
 
-  // A from x whose columns are contiguous: kLanes rows at most, kPair columns make a word, words are transposed:
-  // out[r][kRowStride], zero from n on.
+  // A from x whose columns are contiguous: kLanes rows at most, kPair columns make a word, words are
+  // transposed: out[r][kRowStride], zero from n on.
   static void pack_rows_across(const Matrix& x, int64_t m, int64_t rows, int64_t c, int64_t n, int64_t depth,
                                Elem* out) {
     constexpr int kStep = Vec::kWidth * kPair;
@@ -226,6 +226,10 @@ class Matmul {
       }
     }
   }
+
+  // What packing may leave beyond a strip's depth is less than a step to the next multiple of this.
+  static constexpr int64_t kPackStep = 64;
+  static_assert(kPackStep % (Vec::kWidth * kPair) == 0, "pack_pairs takes whole steps of the depth");
 
   // Chunks of a contraction of `padded`: as even as may be, kDepth at most.
   static int64_t chunk_depth(int64_t padded) {

@@ -1,18 +1,18 @@
 // MoraParams: out = bias + spread(v), v = alpha · z Mᵀ in each block of r̂ columns, z = compress(x)
 //
-// A task takes some rows of x all the way: their middle is made and turned, meets M, is turned back and spread.
-// z and v stay in the task's share of the L2 cache, and a call is one parallel region, after a short one in
-// which M becomes panels that all tasks read. While rows are multiplied, the next task's x and the lines of
-// this one's out are fetched.
+// A task takes groups of rows of x all the way: their middle is made and turned, meets M, is turned back and
+// spread. z and v of a group stay in the L2 cache, and a call is one parallel region, after a short one in
+// which M becomes panels that all tasks read. While a group is multiplied, the next one's x and the lines of
+// its own out are fetched.
 //
 //   floor      2 · rows · n r̂² flops at the peak of the multiply; x and out once
-//   overhead   for each number of the middle some 0.25 cycles of compressing and spreading each, from and to L2,
-//              beside r̂ / 64 of multiplying bf16: 12 % at r̂ = 256
+//   reached    type 6, 512 x 4096, r̂ = 256, bf16, cold: 0 to 5 % over the bare product of the same shapes
 //
 // A row's bits do not depend on the rows that share its task.
 //
-// MoraGradParams: dM = alpha · Σ g_bᵀ z_b, a contraction over the rows of the middle. Some rows of both middles are
-// made, in L2, and added to a sum of the task's part of them; the parts, a function of the shape, are added up last.
+// MoraGradParams: dM = alpha · Σ g_bᵀ z_b, a contraction over the rows of the middle. Some rows of both
+// middles are made, in L2, and added to a sum of the task's part of them; the parts, a function of the shape,
+// are added up last.
 #pragma once
 
 #include <numeric>
@@ -23,6 +23,11 @@
 
 namespace peftkern::PEFTKERN_ISA {
 namespace {
+
+template <class T>
+inline int64_t line_bytes(int64_t count) {
+  return round_up(count * static_cast<int64_t>(sizeof(T)), 64);
+}
 
 template <class K, class T>
 class Mora {
@@ -45,20 +50,21 @@ class Mora {
   void run() {
     const int64_t rows = p.compress.rows, columns = p.compress.columns;
     const double work =
-        static_cast<double>(rows) * static_cast<double>(columns) * static_cast<double>(p.size);
+        static_cast<double>(rows) * (static_cast<double>(columns) * static_cast<double>(p.size) +
+                                     4.0 * static_cast<double>(p.compress.wide + p.out.outputs));
     const int threads = work < K::kSerialWork ? 1 : p.threads;
-    const int64_t z_bytes = align64(columns * static_cast<int64_t>(sizeof(T)));
-    const int64_t a_bytes = in_place ? 0 : align64(blocks * padded * static_cast<int64_t>(sizeof(Elem)));
-    const int64_t v_bytes = align64(blocks * v_stride * static_cast<int64_t>(sizeof(float)));
+    const int64_t z_bytes = line_bytes<T>(columns);
+    const int64_t a_bytes = in_place ? 0 : line_bytes<Elem>(blocks * padded);
+    const int64_t v_bytes = line_bytes<float>(blocks * v_stride);
     const int64_t row_bytes = z_bytes + a_bytes + v_bytes;
-    // Whole tiles of the middle, in groups that fit the L2 cache; as many groups as leave all threads some tasks.
+    // Groups of whole tiles of the middle that fit the L2 cache, in tasks of an eighth of a thread's part.
     const int64_t unit = K::kRowSplitX / std::gcd<int64_t, int64_t>(K::kRowSplitX, blocks);
-    const int64_t most = max_of<int64_t>(1, kGroupBytes / row_bytes);
-    group_rows = min_of(most, round_up(ceil_div(kGroupRows, blocks), unit));
-    const int64_t task_rows = round_up(ceil_div(rows, threads == 1 ? 1 : 8 * threads), group_rows);
+    const int64_t share = ceil_div(rows, threads == 1 ? 1 : 8 * threads);
+    group_rows = min_of(max_of<int64_t>(1, kGroupBytes / row_bytes),
+                        round_up(min_of(ceil_div(kGroupRows, blocks), share), unit));
+    const int64_t task_rows = round_up(share, group_rows);
 
-    const int64_t panel_bytes =
-        align64(round_up(padded, kRoom) * strips * kStrip * static_cast<int64_t>(sizeof(Elem)));
+    const int64_t panel_bytes = line_bytes<Elem>(round_up(padded, Driver::kPackStep) * strips * kStrip);
     char* memory =
         static_cast<char*>(scratch(static_cast<size_t>(panel_bytes + row_bytes * group_rows * threads)));
     panel = reinterpret_cast<Elem*>(memory);
@@ -81,13 +87,10 @@ class Mora {
   static constexpr int64_t kGroupBytes = 384 << 10;
   static constexpr int64_t kGroupRows = 48;
 
-  static int64_t align64(int64_t bytes) { return round_up(bytes, 64); }
   int64_t strip_columns(int64_t strip) const { return min_of(kStrip, p.size - strip * kStrip); }
   // Strips of a chunk lie one after the other, each with room for what packing leaves beyond its depth.
-  static constexpr int64_t kRoom = 64;
-  static_assert(kRoom % (Vec::kWidth * kPair) == 0, "packing takes steps of so much depth");
   Elem* strip_at(int64_t c, int64_t strip) const {
-    return panel + (c * strips + strip * round_up(min_of(depth, padded - c), kRoom)) * kStrip;
+    return panel + (c * strips + strip * round_up(min_of(depth, padded - c), Driver::kPackStep)) * kStrip;
   }
 
   void pack(int64_t c, int64_t strip) const {
@@ -199,22 +202,21 @@ class MoraGrad {
         blocks(columns / p.size),
         strips(ceil_div(p.size, kStrip)),
         c_stride(round_up(p.size, K::kLanes)),
-        group_rows(max_of<int64_t>(1, K::kDepth / blocks)),
+        part_rows(rows_of_a_part(p.z.rows, blocks, line_bytes<float>(p.size * c_stride))),
+        parts(ceil_div(p.z.rows, part_rows)),
+        group_rows(min_of(part_rows, max_of<int64_t>(1, K::kDepth / blocks))),
         depth(Driver::chunk_depth(round_up(group_rows * blocks, K::kAlignX))) {}
 
   void run() {
     const int64_t rows = p.z.rows;
-    const int64_t wanted = max_of<int64_t>(1, min_of(kParts, rows * blocks / kPartRows));
-    const int64_t part_rows = round_up(ceil_div(rows, wanted), group_rows);
-    const int64_t parts = ceil_div(rows, part_rows);
     const double work =
         static_cast<double>(rows) * static_cast<double>(columns) * static_cast<double>(p.size);
     const int threads = work < K::kSerialWork ? 1 : p.threads;
-    const int64_t c_bytes = bytes<float>(p.size * c_stride);
-    const int64_t middle_bytes = bytes<T>(group_rows * columns);
-    const int64_t panel_bytes = bytes<Elem>(round_up(depth, kRoom) * strips * kStrip);
+    const int64_t c_bytes = line_bytes<float>(p.size * c_stride);
+    const int64_t middle_bytes = line_bytes<T>(group_rows * columns);
+    const int64_t panel_bytes = line_bytes<Elem>(round_up(depth, Driver::kPackStep) * strips * kStrip);
     const int64_t per_thread =
-        2 * middle_bytes + panel_bytes + bytes<Elem>(Driver::kPiece * Driver::kRowStride);
+        2 * middle_bytes + panel_bytes + line_bytes<Elem>(Driver::kPiece * Driver::kRowStride);
     char* memory = static_cast<char*>(scratch(static_cast<size_t>(parts * c_bytes + per_thread * threads)));
     float* sums = reinterpret_cast<float*>(memory);
     parallel_tasks(threads, parts, [&](int thread, int64_t part) {
@@ -240,19 +242,19 @@ class MoraGrad {
   }
 
  private:
-  static constexpr int64_t kParts = 16;      // at most, each with a matrix of sums
-  static constexpr int64_t kPartRows = 256;  // of the middle at least: enough to outweigh adding a part
-  static constexpr int64_t kRoom = 64;       // what packing leaves beyond a strip's depth
+  static constexpr int64_t kParts = 16;           // at most, each with a matrix of sums,
+  static constexpr int64_t kPartBytes = 8 << 20;  // all of them in so much, if there are several
+  static constexpr int64_t kPartRows = 256;       // of the middle at least: enough to outweigh adding a part
+
+  static int64_t rows_of_a_part(int64_t rows, int64_t blocks, int64_t c_bytes) {
+    const int64_t most = min_of(min_of(kParts, kPartBytes / c_bytes), rows * blocks / kPartRows);
+    return max_of<int64_t>(1, ceil_div(rows, max_of<int64_t>(1, most)));
+  }
 
   struct Room {
     T *g, *z;
     Elem *panel, *piece;
   };
-
-  template <class U>
-  static int64_t bytes(int64_t count) {
-    return round_up(count * static_cast<int64_t>(sizeof(U)), 64);
-  }
 
   // Rows m0 … m0 + count of x and dY, to c [r̂, c_stride].
   void add_rows(const Room& room, int64_t m0, int64_t count, float* c, bool empty) const {
@@ -265,7 +267,7 @@ class MoraGrad {
     const int64_t middle = count * blocks, padded = round_up(middle, K::kAlignX);
     for (int64_t k = 0; k < padded; k += depth, empty = false) {
       const int64_t some = min_of(depth, padded - k), n = min_of(some, middle - k), pairs = some / kPair;
-      const int64_t strip_elems = round_up(some, kRoom) * kStrip;
+      const int64_t strip_elems = round_up(some, Driver::kPackStep) * kStrip;
       for (int64_t j = 0; j < strips; ++j)
         Driver::pack_dense(z, j * kStrip, min_of(kStrip, p.size - j * kStrip), k, n, some,
                            room.panel + j * strip_elems);
@@ -297,7 +299,8 @@ class MoraGrad {
   const MoraGradParams& p;
   const Compress<T> g_middle, z_middle;
   const int64_t columns, blocks, strips, c_stride;
-  const int64_t group_rows;  // of x, whose middle is about one chunk of the contraction
+  const int64_t part_rows, parts;
+  const int64_t group_rows;  // of x, whose middle is at most one chunk of the contraction, or one row
   const int64_t depth;
 };
 

@@ -1,5 +1,5 @@
-// How a kernel shares its work out: a few neighbouring tasks at a time to whoever is free, each task whole on one
-// thread. What a task computes may depend on its number only, so the bits do not depend on the threads.
+// How a kernel shares its work out: a few neighbouring tasks at a time to whoever is free, each task whole on
+// one thread. What a task computes may depend on its number only, so the bits do not depend on the threads.
 #pragma once
 
 #include <cstdint>
@@ -20,8 +20,8 @@ inline int thread_index() { return omp_get_thread_num(); }
 inline int thread_index() { return 0; }
 #endif
 
-// The caller's rounding and flushing of subnormals (torch.set_flush_denormal) for as long as this lives: every
-// thread has a mode of its own, and the workers' would make the bits depend on who ran a task.
+// The caller's rounding and flushing of subnormals (torch.set_flush_denormal) for as long as this lives:
+// every thread has a mode of its own, and the workers' would make the bits depend on who ran a task.
 class FloatMode {
  public:
 #if defined(__SSE__)
@@ -39,8 +39,8 @@ class FloatMode {
   uint32_t before_;
 };
 
-// body(thread, task) for every task < tasks; thread < threads names the scratch memory that is its own. One thread
-// never enters the runtime: that alone takes longer than a 64 x 64 product.
+// body(thread, task) for every task < tasks; thread < threads names the scratch memory that is its own. One
+// thread never enters the runtime: that alone takes longer than a 64 x 64 product.
 template <class Body>
 inline void parallel_tasks(int threads, int64_t tasks, const Body& body) {
   if (threads <= 1 || tasks <= 1) {
@@ -48,7 +48,8 @@ inline void parallel_tasks(int threads, int64_t tasks, const Body& body) {
     return;
   }
   const uint32_t mode = FloatMode::current();
-  // Eighths of a thread's part: neighbours prefetch for each other, and a core that others use too holds nobody up.
+  // Eighths of a thread's part: neighbours prefetch for each other, and a core that others use too holds
+  // nobody up.
   const int64_t share = tasks < 8 * threads ? 1 : tasks / (8 * threads);
 #pragma omp parallel num_threads(threads)
   {

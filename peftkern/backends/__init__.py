@@ -34,7 +34,7 @@ A primitive writes into `out`, which the caller allocated; it allocates nothing 
                      z = compress(x, inner, rotation) [M, columns] in x's dtype
         transposed:  out = x W + bias + spread(v, outer), v_b = scaling * z_b matrix, turned back,
                      z = compress(x, inner)
-        z is None, or where it is to be written, contiguous
+        z is None or, with one block, where it is to be written, contiguous
     mora_grad(dM, dY, x, scaling, columns, rotation)
         dM [r̂, r̂] fp32 = scaling * sum over rows and blocks of g_bᵀ z_b,
         g = compress(dY, cyclic, dY's columns), z = compress(x, cyclic, columns, rotation): the middles of the

@@ -39,6 +39,9 @@ def supports(call: Call) -> str | None:
 def detail(call: Call) -> str:
     if call.primitive == "matmul_dense":
         return f"torch's GEMM, the addend by {_cpu.kernel('matmul', call.dtype)}"
+    if call.primitive == "mora":
+        base = f"onto a base by {_cpu.kernel('matmul', call.dtype)} or, a dense one, torch's GEMM"
+        return f"{_cpu.kernel('mora', call.dtype)}, {base}"
     return str(_cpu.kernel("matmul" if call.primitive == "output_grads" else call.primitive, call.dtype))
 
 
@@ -87,10 +90,10 @@ _COMPOSED = Composed(matmul, compress, scratch=1 << 21)
 
 
 def _in_one_pass(rows: int, size: int) -> bool:
-    """Whether to bring a matrix [size, size] into panels for so many rows of the middle: if it is small or
-    they are many. In turns, 4096², 2 threads, against the composition: r̂ = 256 1.0 to 3.6 times as fast from
-    1 row on, r̂ = 512 and 724 0.6 to 0.9 below these limits and 1.0 to 1.3 above."""
-    return size <= 256 or 4 * rows >= size
+    """Whether to bring a matrix [size, size] into panels for so many rows of the middle: if it is small, or
+    they are many. In turns, 2 threads, bf16, cached, against the composition: up to r̂ = 512 0.8 to 7 times as
+    fast from 1 row on, from r̂ = 724 on 0.4 to 1.2 below the limit and 1.0 to 1.3 above."""
+    return size <= 512 or 4 * rows >= size
 
 
 def _mora(
@@ -118,8 +121,8 @@ def _mora_grad(
     dM: Tensor, dY: Tensor, x: Tensor, scaling: float, columns: int, rotation: Tensor | None
 ) -> None:
     size = dM.shape[0]
-    # the middles of one block are there: a product
-    if columns > size and _in_one_pass(x.shape[0] * (columns // size), size):
+    # the middles of one block are there: a product; and one of large matrices has outputs to share out
+    if size < columns and size <= 512 and _in_one_pass(x.shape[0] * (columns // size), size):
         _cpu.mora_grad(dM, dY, x, scaling, columns, rotation, get_num_threads())
     else:
         _COMPOSED.grad(dM, dY, x, scaling, columns, rotation)

@@ -87,7 +87,7 @@ class Composed(NamedTuple):
             dM.zero_()
             return
         made = [not (rotation is None and _is_middle(x, columns)), not _is_middle(dY, columns)]
-        part = _split(M, self.scratch // (columns * x.element_size() * max(1, sum(made))))
+        part = _split(M, self.scratch // (columns * x.element_size() * sum(made))) if any(made) else M
         zs, gs = (x.new_empty(part, columns) if needed else None for needed in made)
         term = dM
         for start in range(0, M, part):
@@ -110,7 +110,7 @@ def onto_base(
     alone: Primitive,
     matmul: Primitive,
     matmul_dense: Primitive,
-    most: int,
+    most: int | None,
     out: Tensor,
     z: Tensor | None,
     x: Tensor,
@@ -131,9 +131,9 @@ def onto_base(
     if weight is None:
         alone(out, z, x, transposed, matrix, scaling, bias, inner, outer, columns, rotation)
         return
-    step = _split(M, M if columns == matrix.shape[0] else most)
+    step = M if most is None or columns == matrix.shape[0] else _split(M, most)
     values = x.new_empty(min(M, step), columns, dtype=torch.float32)
-    for start in range(0, M, step):
+    for start in range(0, M, max(1, step)):
         rows = min(step, M - start)
         X, Y, V = _cut(x, start, rows), _cut(out, start, rows), _cut(values, 0, rows)
         Z = None if z is None else _cut(z, start, rows)

@@ -207,7 +207,7 @@ def mora(
 
     (rows, outputs), size = out.shape, matrix.shape[0]
     if columns == size:
-        base = (_COMPOSED.alone, matmul, matmul_dense, rows)
+        base = (_COMPOSED.alone, matmul, matmul_dense, None)
         ends = (inner, outer, columns, rotation)
         onto_base(*base, out, z, x, weight, transposed, matrix, scaling, bias, *ends)
         return

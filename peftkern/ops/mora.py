@@ -3,7 +3,7 @@ mora_rank and mora_delta.
 
 Every type is y = spread(blocks(compress(x)) Mᵀ): the I columns of x are compressed to P = n r̂ in the middle,
 n blocks of r̂ are each multiplied by Mᵀ, and the P results are spread over the O columns of y. The adjoint
-swaps the ends with the same two primitives: dx = spread(blocks(compress(dy)) M).
+swaps the ends, in the same row of a backend: dx = spread(blocks(compress(dy)) M).
 """
 
 from __future__ import annotations
@@ -439,9 +439,9 @@ def mora(x: Tensor, matrix: Tensor, out_features: int, mora_type: int | str = 1)
     compression has it, dM = Σ gᵀ z over the rows, in M's dtype; only what is asked for. Saved: z [M, r̂], not
     x, and M; for 6 and "decoupling" with n > 1, x by reference and M. What lies between, as wide as x, is
     never made as a whole: on cpu y, dX and dM come from a pass over x, over dY and over both, some rows at a
-    time on their way through the L2 cache, and where M is large for so few rows, and on reference, of parts
-    in at most 2 MB, dX in 4 (a row where that is more); on triton dM takes 64 MB, and y and dX n matrices M,
-    turned by each block.
+    time on their way through the L2 cache (dM with at most 16 matrices of sums, 8 MB of them); where M is
+    large for so few rows, for dM from r̂ = 513 on, and on reference, of parts in at most 2 MB, dX in 4 (a row
+    where that is more); on triton dM takes 64 MB, and y and dX n matrices M, turned by each block.
     First derivatives in reverse mode only: double backward and forward mode raise RuntimeError. Under
     torch.autocast x is cast as F.linear casts it.
 
