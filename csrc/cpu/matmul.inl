@@ -513,6 +513,9 @@ class Matmul {
       float* out = reinterpret_cast<float*>(panel + j / kStrip * kStrip * depth) + j % kStrip;
       for (int64_t i = 0; i < depth; i += kStep, out += Vec::kWidth * kStrip) {
         if (words && j + Vec::kWidth <= outputs && i + kStep <= n) {
+          for (int64_t r = Vec::kWidth; r < min_of<int64_t>(2 * Vec::kWidth, outputs - j);
+               ++r)  // the next ones
+            prefetch_elems(first, (j + r) * dense.stride0 + i, kStep);
           transpose(reinterpret_cast<const float*>(first + j * dense.stride0 + i), dense.stride0 / kPair, out,
                     kStrip);
           continue;

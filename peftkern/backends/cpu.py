@@ -40,8 +40,7 @@ def detail(call: Call) -> str:
     if call.primitive == "matmul_dense":
         return f"torch's GEMM, the addend by {_cpu.kernel('matmul', call.dtype)}"
     if call.primitive == "mora":
-        base = f"onto a base by {_cpu.kernel('matmul', call.dtype)} or, a dense one, torch's GEMM"
-        return f"{_cpu.kernel('mora', call.dtype)}, {base}"
+        return f"{_cpu.kernel('mora', call.dtype)}; a dense base: torch's GEMM"
     return str(_cpu.kernel("matmul" if call.primitive == "output_grads" else call.primitive, call.dtype))
 
 
