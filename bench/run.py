@@ -321,6 +321,8 @@ def main(
         "nf4",
         64,
     )
+    if full and (narrowed or goals):
+        raise typer.BadParameter("--full measures every case: expected no other choice beside it")
     ops_asked = [word for word in op.replace(" ", "").split(",") if word]
     with_memory = not narrowed or "memory" in ops_asked
     ops_asked = [word for word in ops_asked if word != "memory"]

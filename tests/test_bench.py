@@ -303,6 +303,9 @@ def test_words_of_the_command_line_choose_cases() -> None:
     assert {case.rank for case in run.choose("mora", "", "", "cold", "bf16", 4, "nf4", 64)} == {4}
     with pytest.raises(run.typer.BadParameter, match="type: expected some of 1, 2, 3, 4, 6, got '5'"):
         run.choose("mora", "", "", "cold", "bf16", None, "nf4", 64, "5")
+    for beside in ({"op": "mora"}, {"goals": True}):
+        with pytest.raises(run.typer.BadParameter, match="--full measures every case: expected no other"):
+            run.main(full=True, **beside)
     timed, steps = run.choose_goals("mora_linear,memory", "", "1,512", "1")
     assert timed == [cases.mora_case("mora_linear", square, M, 1) for M in (1, 512)]
     assert steps == [cases.mora_case("mora_linear_step", square, 512, 1, cold=False)]
