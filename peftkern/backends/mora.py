@@ -125,8 +125,8 @@ def onto_base(
     rotation: Tensor | None,
 ) -> None:
     """The row `mora`: what `alone` makes in fp32 is spread in the epilogue of the product with the base. With
-    several blocks it is as wide as x: `most` rows at a time, for which the base is decoded or streamed anew.
-    """
+    several blocks, which keep no z, it is as wide as x: `most` rows at a time, for which the base is decoded
+    or streamed anew."""
     M = x.shape[0]
     if weight is None:
         alone(out, z, x, transposed, matrix, scaling, bias, inner, outer, columns, rotation)
@@ -136,8 +136,7 @@ def onto_base(
     for start in range(0, M, max(1, step)):
         rows = min(step, M - start)
         X, Y, V = _cut(x, start, rows), _cut(out, start, rows), _cut(values, 0, rows)
-        Z = None if z is None else _cut(z, start, rows)
-        alone(V, Z, X, transposed, matrix, scaling, None, inner, (False, columns), columns, rotation)
+        alone(V, z, X, transposed, matrix, scaling, None, inner, (False, columns), columns, rotation)
         if isinstance(weight, Tensor):
             matmul_dense(Y, X, weight, transposed, None, None, bias, (V, *outer))
         else:
