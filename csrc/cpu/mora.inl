@@ -139,7 +139,7 @@ class Mora {
     run_alone(out, 0, count, 0, ceil_div(out.outputs, kAloneColumns));
   }
 
-  // One of `steps` shares of the lines that this task will write and the next one will read.
+  // One of `steps` shares of the lines that this group will write and the next one will read.
   void fetch(const Epilogue& out, int64_t m0, int64_t count, int64_t step, int64_t steps) const {
     const CompressParams& x = p.compress;
     constexpr int64_t kSize = sizeof(T);

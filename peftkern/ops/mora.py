@@ -80,24 +80,17 @@ def _product(
     kind: int | str,
     scaling: float,
     keep: bool,
-) -> tuple[Tensor, Tensor]:
-    """x Wᵀ + bias + scaling · mora(x), [M, outputs]; z [M, r̂] where one block keeps it, else empty."""
-    out, z = _product_fake(x, matrix, outputs, kind, keep)
-    size = matrix.shape[0]
+) -> tuple[Tensor, Tensor | None]:
+    """x Wᵀ + bias + scaling · mora(x), [M, outputs]; z [M, r̂], to keep where there is one block."""
+    rows, size = x.shape[0], matrix.shape[0]
     plan = _plan(kind, size, x.shape[1], outputs)
+    out = x.new_empty(rows, outputs)
+    z = x.new_empty(rows, size) if keep and plan.blocks == 1 else None
+    columns, table = plan.blocks * size, _table(plan, size, x.device)
     find("mora", x.device, x.dtype)(
-        out, z if keep and plan.blocks == 1 else None, x, weight, False, matrix, scaling, bias, plan.inner,
-        plan.outer, plan.blocks * size, _table(plan, size, x.device),
-    )  # fmt: skip
+        out, z, x, weight, False, matrix, scaling, bias, plan.inner, plan.outer, columns, table
+    )
     return out, z
-
-
-def _product_fake(
-    x: Tensor, matrix: Tensor, outputs: int, kind: int | str, keep: bool
-) -> tuple[Tensor, Tensor]:
-    size = matrix.shape[0]
-    kept = keep and _plan(kind, size, x.shape[1], outputs).blocks == 1
-    return x.new_empty((x.shape[0], outputs)), x.new_empty((x.shape[0], size) if kept else (0, 0))
 
 
 def _gradients(
@@ -166,12 +159,16 @@ def _kind(name: str) -> int | str:
 
 def _mora_op(x: Tensor, matrix: Tensor, bias: Tensor | None, *args: Any) -> tuple[Tensor, Tensor]:
     *flat, outputs, kind, scaling, keep = args
-    return _product(x, matrix, bias, _unflat(*flat), outputs, _kind(kind), scaling, keep)
+    y, z = _product(x, matrix, bias, _unflat(*flat), outputs, _kind(kind), scaling, keep)
+    # a library op returns tensors only
+    return y, x.new_empty(0, 0) if z is None else z
 
 
 def _mora_op_fake(x: Tensor, matrix: Tensor, bias: Tensor | None, *args: Any) -> tuple[Tensor, Tensor]:
     *_, outputs, kind, _, keep = args
-    return _product_fake(x, matrix, outputs, _kind(kind), keep)
+    rows, size = x.shape[0], matrix.shape[0]
+    kept = keep and _plan(_kind(kind), size, x.shape[1], outputs).blocks == 1
+    return x.new_empty((rows, outputs)), x.new_empty((rows, size) if kept else (0, 0))
 
 
 def _mora_backward_op(
@@ -223,10 +220,10 @@ def _forward(
     rows = x if x.ndim == 2 else as_rows(x, x.shape[-1])
     if traced:
         y, z = _OPS.mora(rows, matrix, bias, *_flat(weight), outputs, str(kind), scaling, keep)
+        z = z if z.shape[1] else None
     else:
         y, z = _product(rows, matrix, bias, weight, outputs, kind, scaling, keep)
-    several = _plan(kind, matrix.shape[0], x.shape[-1], outputs).blocks > 1
-    return like_rows(y, x), None if several or not keep else z
+    return like_rows(y, x), z
 
 
 def _save(
