@@ -5,6 +5,7 @@
 
 #include <cmath>
 #include <cstdlib>
+#include <limits>
 #include <optional>
 #include <string>
 
@@ -67,13 +68,56 @@ void expect_tuple(const char* name, const char* fields, py::handle object, Py_ss
                             is_tuple ? text(" of ", PyTuple_GET_SIZE(object.ptr())) : std::string()));
 }
 
+// What a call writes: its elements share no memory with each other, nor with what is read.
+class Outputs {
+ public:
+  Outputs() = default;
+  explicit Outputs(const TensorView& v) { add(v); }
+
+  void add(const TensorView& v) {
+    expect_no_self_overlap(v);
+    for (int i = 0; i < count_; ++i) expect_disjoint(v, views_[i]);
+    views_[count_++] = v;
+  }
+  void expect_apart(const TensorView& input) const {
+    for (int i = 0; i < count_; ++i) expect_disjoint(views_[i], input);
+  }
+  // Of no tensor's sizes, which may change once the GIL is released.
+  void prefer_huge_pages() const {
+    for (int i = 0; i < count_; ++i)
+      peftkern::prefer_huge_pages(views_[i].data, static_cast<size_t>(views_[i].bytes));
+  }
+
+ private:
+  static constexpr int kMost = 4;
+  TensorView views_[kMost];
+  int count_ = 0;
+};
+
+// A 2-D tensor that is read.
+TensorView input_matrix(const char* name, py::handle object, const Outputs& outputs) {
+  const TensorView v = matrix_view(name, object);
+  outputs.expect_apart(v);
+  return v;
+}
+
+// A bias of so many outputs, or nothing.
+Matrix bias_vector(py::handle object, int64_t count, const Outputs& outputs) {
+  if (object.is_none()) return {};
+  const TensorView bias = view("bias", object);
+  float_dtype(bias);
+  expect_shape(bias, {count});
+  outputs.expect_apart(bias);
+  return matrix(bias);
+}
+
 // (packed, absmax, nested or None, quant_type, blocksize, N, K), nested = (absmax, code, offset, blocksize)
 struct PackedWeight {
   Weight4 weight;
   int64_t n, k, numel;
 };
 
-PackedWeight packed_weight(py::handle object, const TensorView& out) {
+PackedWeight packed_weight(py::handle object, const Outputs& outputs) {
   expect_tuple("weight", "(packed, absmax, nested, quant_type, blocksize, N, K)", object, 7);
   const auto item = [&](int i) { return py::handle(PyTuple_GET_ITEM(object.ptr(), i)); };
   PackedWeight w;
@@ -88,7 +132,7 @@ PackedWeight packed_weight(py::handle object, const TensorView& out) {
   const TensorView packed = view("weight packed", item(0));
   expect_dtype(packed, {ScalarType::u8});
   expect_flat(packed, w.numel / 2 + w.numel % 2);
-  expect_disjoint(out, packed);
+  outputs.expect_apart(packed);
   w.weight.packed = static_cast<const uint8_t*>(packed.data);
 
   const int64_t blocks = blocks_of(w.numel, w.weight.log2_blocksize);
@@ -109,7 +153,7 @@ PackedWeight packed_weight(py::handle object, const TensorView& out) {
       const TensorView v = view(name, tensor);
       expect_dtype(v, {ScalarType::f32});
       expect_flat(v, count);
-      expect_disjoint(out, v);
+      outputs.expect_apart(v);
       return static_cast<const float*>(v.data);
     };
     scale.absmax2 = floats("weight nested absmax", part(0), blocks_of(blocks, scale.log2_blocksize2));
@@ -117,7 +161,7 @@ PackedWeight packed_weight(py::handle object, const TensorView& out) {
     scale.offset = *floats("weight nested offset", part(2), 1);
   }
   expect_flat(absmax, blocks);
-  expect_disjoint(out, absmax);
+  outputs.expect_apart(absmax);
   return w;
 }
 
@@ -138,52 +182,64 @@ void expect_neighbouring_columns(const TensorView& v) {
                                v.strides[1], "]"));
 }
 
-Spread spread(py::handle object, const TensorView& out) {
+Spread spread(py::handle object, int64_t rows, const Outputs& outputs) {
   expect_tuple("spread", "None or (values, grouped, length)", object, 3);
   const auto item = [&](int i) { return py::handle(PyTuple_GET_ITEM(object.ptr(), i)); };
-  const TensorView values = matrix_view("spread values", item(0));
+  const TensorView values = input_matrix("spread values", item(0), outputs);
   expect_dtype(values, {ScalarType::f32});
   if (values.shape[1] < 1)
     throw py::value_error(text("spread values: expected 1 column or more, got ", values.shape_text()));
-  expect_shape(values, {out.shape[0], values.shape[1]});
+  expect_shape(values, {rows, values.shape[1]});
   expect_neighbouring_columns(values);
-  expect_disjoint(out, values);
   expect_walk("spread grouped", item(1), "spread length", item(2));
   return {matrix(values), values.shape[1], item(1).ptr() == Py_True, integer("spread length", item(2))};
 }
 
-void bind_matmul(py::handle out_object, py::handle x_object, py::handle weight, bool transposed, float alpha,
-                 py::handle t_object, py::handle u_object, py::handle bias_object, py::handle spread_object,
-                 int threads) {
+// out and x of a product.
+void set_sides(MatmulParams& p, const TensorView& out, py::handle x_object, const Outputs& outputs) {
+  p.out = matrix(out);
+  p.rows = out.shape[0];
+  p.outputs = out.shape[1];
+  const TensorView x = input_matrix("x", x_object, outputs);
+  p.x = matrix(x);
+  p.inner = x.shape[1];
+  expect_shape(x, {p.rows, p.inner});
+}
+
+void set_packed_weight(MatmulParams& p, py::handle object, const Outputs& outputs) {
+  const PackedWeight w = packed_weight(object, outputs);
+  p.weight4 = w.weight;
+  const int64_t rows = p.transposed ? p.inner : p.outputs, columns = p.transposed ? p.outputs : p.inner;
+  if (w.n != rows || w.k != columns)
+    throw py::value_error(text("weight: expected ",
+                               p.transposed ? "[inner, outputs] = [" : "[outputs, inner] = [", rows, ", ",
+                               columns, "] from the shapes of x and out, got [", w.n, ", ", w.k, "]"));
+}
+
+// t [rows, rank] and u [outputs, rank]; t may be an output itself.
+void set_addend(MatmulParams& p, const TensorView& t, const TensorView& u) {
+  const int64_t rank = t.shape[1];
+  expect_shape(t, {p.rows, rank});
+  expect_shape(u, {p.outputs, rank});
+  if (rank == 0) return;
+  p.rank = rank;
+  p.t = matrix(t);
+  p.u = matrix(u);
+}
+
+void bind_matmul(py::handle out_object, py::handle x, py::handle weight, bool transposed, float alpha,
+                 py::handle t, py::handle u, py::handle bias, py::handle spread_object, int threads) {
   MatmulParams p;
   p.threads = checked_threads(threads);
   p.transposed = transposed;
   p.alpha = alpha;
-
   const TensorView out = matrix_view("out", out_object);
-  expect_no_self_overlap(out);
-  p.out = matrix(out);
-  p.rows = out.shape[0];
-  p.outputs = out.shape[1];
-
-  const TensorView x = matrix_view("x", x_object);
-  expect_disjoint(out, x);
-  p.x = matrix(x);
-  p.inner = x.shape[1];
-  expect_shape(x, {p.rows, p.inner});
-
+  const Outputs outputs(out);
+  set_sides(p, out, x, outputs);
   if (PyTuple_Check(weight.ptr())) {
-    const PackedWeight w = packed_weight(weight, out);
-    p.weight4 = w.weight;
-    const int64_t outputs = transposed ? w.k : w.n, inner = transposed ? w.n : w.k;
-    if (outputs != p.outputs || inner != p.inner)
-      throw py::value_error(text("weight: expected ",
-                                 transposed ? "[inner, outputs] = [" : "[outputs, inner] = [",
-                                 transposed ? p.inner : p.outputs, ", ", transposed ? p.outputs : p.inner,
-                                 "] from the shapes of x and out, got [", w.n, ", ", w.k, "]"));
+    set_packed_weight(p, weight, outputs);
   } else {
-    const TensorView dense = matrix_view("weight", weight);
-    expect_disjoint(out, dense);
+    const TensorView dense = input_matrix("weight", weight, outputs);
     if (transposed) {
       expect_shape(dense, {p.inner, p.outputs});
     } else {
@@ -191,35 +247,115 @@ void bind_matmul(py::handle out_object, py::handle x_object, py::handle weight, 
     }
     p.dense = matrix(dense);
   }
-
-  if (t_object.is_none() != u_object.is_none())
-    throw py::value_error(text("t, u: expected both or neither, got only ", t_object.is_none() ? "u" : "t"));
-  if (!t_object.is_none()) {
-    const TensorView t = matrix_view("t", t_object), u = matrix_view("u", u_object);
-    expect_disjoint(out, t);
-    expect_disjoint(out, u);
-    const int64_t rank = t.shape[1];
-    expect_shape(t, {p.rows, rank});
-    expect_shape(u, {p.outputs, rank});
-    if (rank) {
-      p.rank = rank;
-      p.t = matrix(t);
-      p.u = matrix(u);
-    }
-  }
-  if (!bias_object.is_none()) {
-    const TensorView bias = view("bias", bias_object);
-    float_dtype(bias);
-    expect_shape(bias, {p.outputs});
-    expect_disjoint(out, bias);
-    p.bias = matrix(bias);
-  }
-  if (!spread_object.is_none()) p.spread = spread(spread_object, out);
+  if (t.is_none() != u.is_none())
+    throw py::value_error(text("t, u: expected both or neither, got only ", t.is_none() ? "u" : "t"));
+  if (!t.is_none()) set_addend(p, input_matrix("t", t, outputs), input_matrix("u", u, outputs));
+  p.bias = bias_vector(bias, p.outputs, outputs);
+  if (!spread_object.is_none()) p.spread = spread(spread_object, p.rows, outputs);
   if (out.numel == 0) return;
-  const size_t bytes = static_cast<size_t>(out.end() - out.begin());  // reads the tensor's own strides
   py::gil_scoped_release release;
-  prefer_huge_pages(out.data, bytes);
+  outputs.prefer_huge_pages();
   matmul(p);
+}
+
+void bind_linear(py::handle out_object, py::handle t_object, py::handle x, py::handle weight,
+                 py::handle a_object, py::handle b_object, float scaling, py::handle bias, int threads) {
+  LinearParams p;
+  p.out.threads = checked_threads(threads);
+  p.scaling = scaling;
+  const bool adapter = !t_object.is_none();
+  if (a_object.is_none() == adapter || b_object.is_none() == adapter) {
+    const auto given = [](py::handle object) { return object.is_none() ? "None" : "a value"; };
+    throw py::value_error(text("t, A, B: expected all or none of them, got ", given(t_object), ", ",
+                               given(a_object), " and ", given(b_object)));
+  }
+  const TensorView out = matrix_view("out", out_object);
+  Outputs outputs(out);
+  TensorView t;
+  if (adapter) {
+    t = matrix_view("t", t_object);
+    expect_flat(t, t.numel);
+    outputs.add(t);
+  }
+  set_sides(p.out, out, x, outputs);
+  set_packed_weight(p.out, weight, outputs);
+  if (adapter) {
+    const TensorView a = input_matrix("A", a_object, outputs), b = input_matrix("B", b_object, outputs);
+    set_addend(p.out, t, b);
+    if (static_cast<DType>(t.dtype) != p.out.x.dtype)
+      throw py::value_error(text("t: expected x's dtype, ", name_of(static_cast<ScalarType>(p.out.x.dtype)),
+                                 ", got ", name_of(t.dtype)));
+    expect_shape(a, {t.shape[1], p.out.inner});
+    p.a = matrix(a);
+  }
+  p.out.bias = bias_vector(bias, p.out.outputs, outputs);
+  py::gil_scoped_release release;
+  outputs.prefer_huge_pages();
+  linear(p);
+}
+
+void bind_linear_grad(py::handle dx_object, py::handle da_object, py::handle db_object,
+                      py::handle dbias_object, py::handle dy_object, py::handle x_object, py::handle weight,
+                      py::handle a_object, py::handle b_object, py::handle t_object, float scaling,
+                      int threads) {
+  using Given = std::optional<TensorView>;
+  LinearGradParams p;
+  p.threads = checked_threads(threads);
+  p.scaling = scaling;
+  Outputs outputs;
+  const auto written = [&](const char* name, py::handle object) -> Given {
+    if (object.is_none()) return {};
+    const TensorView v = matrix_view(name, object);
+    outputs.add(v);
+    return v;
+  };
+  const Given dx = written("dx", dx_object), da = written("dA", da_object), db = written("dB", db_object);
+  Given dbias;
+  if (!dbias_object.is_none()) {
+    dbias = view("dbias", dbias_object);
+    float_dtype(*dbias);
+    outputs.add(*dbias);
+  }
+  const auto read = [&](const char* name, py::handle object, bool needed) -> Given {
+    if (object.is_none() && !needed) return {};
+    return input_matrix(name, object, outputs);
+  };
+  const TensorView dy = input_matrix("dY", dy_object, outputs);
+  const Given x = read("x", x_object, da.has_value()), t = read("t", t_object, db.has_value());
+  const Given a = read("A", a_object, false), b = read("B", b_object, da.has_value());
+  if (dx && a.has_value() != b.has_value())
+    throw py::value_error(text("A, B: expected both or neither for dx, got only ", a ? "A" : "B"));
+
+  p.rows = dy.shape[0];
+  p.outputs = dy.shape[1];
+  if (!weight.is_none() || dx) {
+    const PackedWeight w = packed_weight(weight, outputs);
+    p.weight4 = w.weight;
+    p.inner = dx ? dx->shape[1] : w.k;
+    if (w.n != p.outputs || w.k != p.inner)
+      throw py::value_error(text("weight: expected [N, K] = [", p.outputs, ", ", p.inner,
+                                 "] from the shapes of dY and dx, got [", w.n, ", ", w.k, "]"));
+  } else {
+    p.inner = da ? da->shape[1] : x ? x->shape[1] : a ? a->shape[1] : 0;
+  }
+  p.rank = da ? da->shape[0] : db ? db->shape[1] : b ? b->shape[1] : t ? t->shape[1] : a ? a->shape[0] : 0;
+  const auto take = [](Matrix& to, const Given& from, std::initializer_list<int64_t> shape) {
+    if (!from) return;
+    expect_shape(*from, shape);
+    to = matrix(*from);
+  };
+  p.dy = matrix(dy);
+  take(p.dx, dx, {p.rows, p.inner});
+  take(p.da, da, {p.rank, p.inner});
+  take(p.db, db, {p.outputs, p.rank});
+  take(p.dbias, dbias, {p.outputs});
+  take(p.x, x, {p.rows, p.inner});
+  take(p.a, a, {p.rank, p.inner});
+  take(p.b, b, {p.outputs, p.rank});
+  take(p.t, t, {p.rows, p.rank});
+  py::gil_scoped_release release;
+  outputs.prefer_huge_pages();
+  linear_grad(p);
 }
 
 void bind_dequantize(py::handle out_object, py::handle weight, int threads) {
@@ -227,15 +363,16 @@ void bind_dequantize(py::handle out_object, py::handle weight, int threads) {
   p.threads = checked_threads(threads);
   const TensorView out = view("out", out_object);
   p.out_dtype = float_dtype(out);
-  const PackedWeight w = packed_weight(weight, out);
+  expect_flat(out, out.numel);
+  const Outputs outputs(out);
+  const PackedWeight w = packed_weight(weight, outputs);
   expect_flat(out, w.numel);
   p.weight = w.weight;
   p.numel = w.numel;
   p.out = out.data;
   if (p.numel == 0) return;
-  const size_t bytes = static_cast<size_t>(out.end() - out.begin());
   py::gil_scoped_release release;
-  prefer_huge_pages(p.out, bytes);
+  outputs.prefer_huge_pages();
   dequantize(p);
 }
 
@@ -266,7 +403,8 @@ void bind_quantize(py::handle weight_object, py::handle packed_object, py::handl
   quantize(p);
 }
 
-void bind_dropout(py::handle out_object, py::handle x_object, double p, py::handle seed_object, int threads) {
+void bind_dropout(py::handle out_object, py::handle x_object, double p, py::handle seed_object,
+                  py::handle start_object, int threads) {
   DropoutParams params;
   params.threads = checked_threads(threads);
   if (!(p >= 0.0 && p <= 1.0)) throw py::value_error(text("p: expected a probability in [0, 1], got ", p));
@@ -278,6 +416,10 @@ void bind_dropout(py::handle out_object, py::handle x_object, double p, py::hand
   params.x = matrix(x);
   params.rows = x.shape[0];
   params.columns = x.shape[1];
+  params.start = integer("start", start_object);
+  if (params.start < 0 || params.start > std::numeric_limits<int64_t>::max() - x.numel)
+    throw py::value_error(text("start: expected 0 or more, and start + ", x.numel,
+                               " elements to fit 63 bits, got ", params.start));
   params.seed = static_cast<uint64_t>(integer("seed", seed_object));
   params.threshold = static_cast<uint64_t>(std::nearbyint((1.0 - p) * 0x1p32));
   params.out = out.data;
@@ -287,14 +429,14 @@ void bind_dropout(py::handle out_object, py::handle x_object, double p, py::hand
 }
 
 // Contiguous fp32 [n, 2, h] for columns that are n blocks of 2 h.
-TensorView rotation(py::handle object, int64_t columns, const TensorView& out) {
+TensorView rotation(py::handle object, int64_t columns, const Outputs& outputs) {
   const TensorView v = view("rotation", object);
   expect_dtype(v, {ScalarType::f32});
   if (v.ndim != 3 || v.shape[1] != 2 || v.numel != columns)
     throw py::value_error(text("rotation: expected shape [n, 2, h] with 2 n h = ", columns,
                                ", the columns of the middle, got ", v.shape_text()));
   expect_flat(v, columns);
-  expect_disjoint(out, v);
+  outputs.expect_apart(v);
   return v;
 }
 
@@ -303,11 +445,10 @@ void bind_compress(py::handle out_object, py::handle x_object, py::handle groupe
   CompressParams p;
   p.threads = checked_threads(threads);
   const TensorView out = matrix_view("out", out_object);
-  expect_no_self_overlap(out);
+  const Outputs outputs(out);
   expect_neighbouring_columns(out);
-  const TensorView x = matrix_view("x", x_object);
+  const TensorView x = input_matrix("x", x_object, outputs);
   expect_shape(x, {out.shape[0], x.shape[1]});
-  expect_disjoint(out, x);
   expect_walk("grouped", grouped, "length", length);
   p.rows = out.shape[0];
   p.wide = x.shape[1];
@@ -318,14 +459,13 @@ void bind_compress(py::handle out_object, py::handle x_object, py::handle groupe
   p.length = integer("length", length);
   p.inverse = inverse;
   if (!rotation_object.is_none()) {
-    const TensorView turns = rotation(rotation_object, p.columns, out);
+    const TensorView turns = rotation(rotation_object, p.columns, outputs);
     p.rotation = static_cast<const float*>(turns.data);
     p.half = turns.shape[2];
   }
   if (out.numel == 0) return;
-  const size_t bytes = static_cast<size_t>(out.end() - out.begin());
   py::gil_scoped_release release;
-  prefer_huge_pages(p.out.data, bytes);
+  outputs.prefer_huge_pages();
   compress(p);
 }
 
@@ -349,8 +489,8 @@ int64_t block_columns(py::handle object, int64_t size, int64_t widest) {
   return columns;
 }
 
-TensorView block_rotation(py::handle object, int64_t columns, int64_t size, const TensorView& out) {
-  const TensorView turns = rotation(object, columns, out);
+TensorView block_rotation(py::handle object, int64_t columns, int64_t size, const Outputs& outputs) {
+  const TensorView turns = rotation(object, columns, outputs);
   if (2 * turns.shape[2] != size)
     throw py::value_error(text("rotation: expected blocks of the matrix's rows, [n, 2, ", size, " / 2], got ",
                                turns.shape_text()));
@@ -364,20 +504,25 @@ void bind_mora(py::handle out_object, py::handle z_object, py::handle x_object, 
   p.threads = checked_threads(threads);
   p.alpha = alpha;
   const TensorView out = matrix_view("out", out_object);
-  expect_no_self_overlap(out);
+  Outputs outputs(out);
   p.out.out = matrix(out);
   p.out.rows = p.compress.rows = out.shape[0];
   p.out.outputs = out.shape[1];
+  TensorView z;
+  if (!z_object.is_none()) {
+    z = matrix_view("z", z_object);
+    expect_flat(z, z.numel);
+    outputs.add(z);
+    p.compress.out = matrix(z);
+  }
 
-  const TensorView x = matrix_view("x", x_object);
+  const TensorView x = input_matrix("x", x_object, outputs);
   expect_shape(x, {out.shape[0], x.shape[1]});
-  expect_disjoint(out, x);
   p.compress.x = matrix(x);
   p.compress.wide = x.shape[1];
   std::tie(p.compress.grouped, p.compress.length) = walk("inner", inner);
 
-  const TensorView square = matrix_view("matrix", matrix_object);
-  expect_disjoint(out, square);
+  const TensorView square = input_matrix("matrix", matrix_object, outputs);
   p.size = square.shape[0];
   expect_shape(square, {p.size, p.size});
   const int64_t columns = block_columns(columns_object, p.size, std::max(x.shape[1], out.shape[1]));
@@ -386,7 +531,7 @@ void bind_mora(py::handle out_object, py::handle z_object, py::handle x_object, 
   p.compress.columns = p.out.spread.columns = columns;
   std::tie(p.out.spread.grouped, p.out.spread.length) = walk("outer", outer);
   if (!rotation_object.is_none()) {
-    const TensorView turns = block_rotation(rotation_object, columns, p.size, out);
+    const TensorView turns = block_rotation(rotation_object, columns, p.size, outputs);
     const float* table = static_cast<const float*>(turns.data);
     if (transposed) {
       p.turn_back = table;
@@ -395,27 +540,14 @@ void bind_mora(py::handle out_object, py::handle z_object, py::handle x_object, 
       p.compress.half = turns.shape[2];
     }
   }
-  if (!bias_object.is_none()) {
-    const TensorView bias = view("bias", bias_object);
-    float_dtype(bias);
-    expect_shape(bias, {p.out.outputs});
-    expect_disjoint(out, bias);
-    p.out.bias = matrix(bias);
-  }
+  p.out.bias = bias_vector(bias_object, p.out.outputs, outputs);
   if (!z_object.is_none()) {
-    const TensorView z = matrix_view("z", z_object);
     expect_dtype(z, {x.dtype});
     expect_shape(z, {out.shape[0], columns});
-    expect_flat(z, z.numel);
-    for (const TensorView* other : {&out, &x, &square}) expect_disjoint(z, *other);
-    if (!bias_object.is_none()) expect_disjoint(z, view("bias", bias_object));
-    if (!rotation_object.is_none()) expect_disjoint(z, view("rotation", rotation_object));
-    p.compress.out = matrix(z);
   }
   if (out.numel == 0 && (z_object.is_none() || out.shape[0] == 0)) return;
-  const size_t bytes = static_cast<size_t>(out.end() - out.begin());
   py::gil_scoped_release release;
-  prefer_huge_pages(out.data, bytes);
+  outputs.prefer_huge_pages();
   mora(p);
 }
 
@@ -430,12 +562,13 @@ void bind_mora_grad(py::handle out_object, py::handle grad_object, py::handle x_
   expect_shape(out, {p.size, p.size});
   expect_flat(out, out.numel);
   p.out = static_cast<float*>(out.data);
-  const TensorView grad = matrix_view("grad", grad_object), x = matrix_view("x", x_object);
+  const Outputs outputs(out);
+  const TensorView grad = input_matrix("grad", grad_object, outputs);
+  const TensorView x = input_matrix("x", x_object, outputs);
   const int64_t columns = block_columns(columns_object, p.size, std::max(x.shape[1], grad.shape[1]));
   expect_shape(grad, {x.shape[0], grad.shape[1]});
   expect_dtype(grad, {x.dtype});
   const auto middle = [&](const TensorView& v, int64_t length) {
-    expect_disjoint(out, v);
     CompressParams c;
     c.rows = v.shape[0];
     c.wide = v.shape[1];
@@ -447,7 +580,7 @@ void bind_mora_grad(py::handle out_object, py::handle grad_object, py::handle x_
   p.g = middle(grad, grad.shape[1]);
   p.z = middle(x, columns);
   if (!rotation_object.is_none()) {
-    const TensorView turns = block_rotation(rotation_object, columns, p.size, out);
+    const TensorView turns = block_rotation(rotation_object, columns, p.size, outputs);
     p.z.rotation = static_cast<const float*>(turns.data);
     p.z.half = turns.shape[2];
   }
@@ -563,12 +696,17 @@ void define(py::module_& m) {
   m.def("matmul", bind_matmul, arg("out"), arg("x"), arg("weight"), arg("transposed").noconvert(),
         arg("alpha"), arg("t"), arg("u"), arg("bias"), arg("spread"), arg("threads"),
         "out[m, o] = alpha * (sum_c x[m, c] w(o, c) + sum_r t[m, r] u[o, r]) + bias[o] + spread(m, o)");
+  m.def("linear", bind_linear, arg("out"), arg("t"), arg("x"), arg("weight"), arg("A"), arg("B"),
+        arg("scaling"), arg("bias"), arg("threads"), "t = scaling * x Aᵀ, then out = x Wᵀ + t Bᵀ + bias");
+  m.def("linear_grad", bind_linear_grad, arg("dx"), arg("dA"), arg("dB"), arg("dbias"), arg("dY"), arg("x"),
+        arg("weight"), arg("A"), arg("B"), arg("t"), arg("scaling"), arg("threads"),
+        "dx = dY W + G A, dA = Gᵀ x, dB = dYᵀ t, dbias = the sum of dY's rows, with G = scaling * dY B");
   m.def("dequantize", bind_dequantize, arg("out"), arg("weight"), arg("threads"),
         "out[i] = round(code[q[i]] * absmax[i // blocksize]) over the flat index");
   m.def("quantize", bind_quantize, arg("weight"), arg("packed"), arg("absmax"), arg("quant_type"),
         arg("blocksize"), arg("threads"), "Writes packed and absmax from weight.");
-  m.def("dropout", bind_dropout, arg("out"), arg("x"), arg("p"), arg("seed"), arg("threads"),
-        "out = x where the seeded hash keeps it, else 0");
+  m.def("dropout", bind_dropout, arg("out"), arg("x"), arg("p"), arg("seed"), arg("start"), arg("threads"),
+        "out = x where the seeded hash keeps it, else 0; start: the number of x's first element");
   m.def("compress", bind_compress, arg("out"), arg("x"), arg("grouped"), arg("length"), arg("rotation"),
         arg("inverse").noconvert(), arg("threads"),
         "out[m, q] = the sum of x[m, i] over the columns i that go with q, then blocks of out turned");

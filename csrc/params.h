@@ -96,6 +96,35 @@ struct MatmulParams {
   int threads = 1;
 };
 
+// Forward of a linear layer with a low-rank adapter:
+//   t = scaling * x Aᵀ [rows, rank], rounded to x's dtype        out = x Wᵀ + t Bᵀ + bias
+struct LinearParams {
+  MatmulParams out;  // plain; t is where it is to be written, u is B; rank = 0: no adapter
+  Matrix a;          // [rank, inner]
+  float scaling = 1.0f;
+};
+
+// Its backward, with G = scaling * dY B [rows, rank], rounded to dY's dtype:
+//   dx = dY W + G A [rows, inner]        dA = Gᵀ x [rank, inner]
+//   dB = dYᵀ t [outputs, rank]           dbias[o] = sum of dY[m, o] over m
+// Those that have data; what only the others need may be absent. rank = 0: no adapter.
+struct LinearGradParams {
+  int64_t rows = 0;
+  int64_t inner = 0;
+  int64_t outputs = 0;
+  int64_t rank = 0;
+  Matrix dy;        // [rows, outputs]
+  Matrix x;         // [rows, inner]
+  Weight4 weight4;  // [outputs, inner]
+  Matrix a;         // [rank, inner]
+  Matrix b;         // [outputs, rank]
+  Matrix t;         // [rows, rank]
+  float scaling = 1.0f;
+  Matrix dx, da, db;
+  Matrix dbias;  // [outputs], stride1
+  int threads = 1;
+};
+
 // out[m, q] = sum of x[m, i] over all pairs (i, q) of the walk, see Spread, with x's columns as the wide
 // ones. Then, with a rotation, in every block of 2 * half columns, for j < half:
 //   (out[j], out[half + j]) = (out[j] cos - out[half + j] sin, out[half + j] cos + out[j] sin), sin negated
@@ -135,11 +164,13 @@ struct MoraGradParams {
   int threads = 1;
 };
 
-// out[m, k] = x[m, k] where hash(seed, m * columns + k) < threshold, else 0; out is contiguous, of x's dtype.
+// out[m, k] = x[m, k] where hash(seed, start + m * columns + k) < threshold, else 0; out is contiguous, of x's
+// dtype. start + rows * columns fits 63 bits.
 struct DropoutParams {
   Matrix x;
   int64_t rows = 0;
   int64_t columns = 0;
+  int64_t start = 0;
   uint64_t seed = 0;
   uint64_t threshold = 0;  // 2^32 keeps everything
   void* out = nullptr;

@@ -80,6 +80,7 @@ struct TensorView {
   const int64_t* shape;
   const int64_t* strides;
   int64_t numel;
+  int64_t bytes;  // from the first element to the last, both included
 
   std::string shape_text() const {
     std::ostringstream stream;
@@ -99,14 +100,8 @@ struct TensorView {
     return true;
   }
 
-  // The bytes between the first and the last element, both included.
   const char* begin() const { return static_cast<const char*>(data); }
-  const char* end() const {
-    if (numel == 0) return begin();
-    int64_t last = 0;
-    for (int d = 0; d < ndim; ++d) last += (shape[d] - 1) * strides[d];
-    return begin() + (last + 1) * size_of(dtype);
-  }
+  const char* end() const { return begin() + bytes; }
 };
 
 // Accepts a CPU tensor of fp32, bf16, fp16 or uint8 with memory of its own, gradient or not; TypeError for
@@ -136,9 +131,14 @@ inline TensorView view(const char* name, py::handle object) {
   if (raw.device.type != dlpack::kCpu)
     throw py::value_error(text(name, ": expected a CPU tensor, got a ", describe()));
 
-  TensorView v{
-      name, static_cast<char*>(raw.data) + raw.byte_offset, ScalarType::f32, raw.ndim, raw.shape, raw.strides,
-      1};
+  TensorView v{name,
+               static_cast<char*>(raw.data) + raw.byte_offset,
+               ScalarType::f32,
+               raw.ndim,
+               raw.shape,
+               raw.strides,
+               1,
+               0};
   const auto is = [&](dlpack::TypeCode code, int bits) {
     return raw.dtype.code == code && raw.dtype.bits == bits && raw.dtype.lanes == 1;
   };
@@ -178,6 +178,9 @@ inline TensorView view(const char* name, py::handle object) {
         text(name,
              ": expected a tensor whose memory holds its values, got one with the negative bit "
              "set; call resolve_neg()"));
+  int64_t last = 0;
+  for (int d = 0; d < v.ndim; ++d) last += (v.shape[d] - 1) * v.strides[d];
+  v.bytes = (last + 1) * size_of(v.dtype);
   return v;
 }
 
@@ -250,8 +253,8 @@ inline void expect_no_self_overlap(const TensorView& v) {
 inline void expect_disjoint(const TensorView& out, const TensorView& in) {
   if (out.numel == 0 || in.numel == 0) return;
   if (out.begin() < in.end() && in.begin() < out.end())
-    throw py::value_error(
-        text(out.name, ": expected memory apart from the inputs', got memory shared with ", in.name));
+    throw py::value_error(text(
+        out.name, ": expected memory apart from the other arguments', got memory shared with ", in.name));
 }
 
 }  // namespace peftkern

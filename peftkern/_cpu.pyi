@@ -23,11 +23,36 @@ def matmul(
     spread: _Spread | None,
     threads: int,
 ) -> None: ...
+def linear(
+    out: Tensor,
+    t: Tensor | None,
+    x: Tensor,
+    weight: _PackedWeight,
+    A: Tensor | None,
+    B: Tensor | None,
+    scaling: float,
+    bias: Tensor | None,
+    threads: int,
+) -> None: ...
+def linear_grad(
+    dx: Tensor | None,
+    dA: Tensor | None,
+    dB: Tensor | None,
+    dbias: Tensor | None,
+    dY: Tensor,
+    x: Tensor | None,
+    weight: _PackedWeight | None,
+    A: Tensor | None,
+    B: Tensor | None,
+    t: Tensor | None,
+    scaling: float,
+    threads: int,
+) -> None: ...
 def dequantize(out: Tensor, weight: _PackedWeight, threads: int) -> None: ...
 def quantize(
     weight: Tensor, packed: Tensor, absmax: Tensor, quant_type: str, blocksize: int, threads: int
 ) -> None: ...
-def dropout(out: Tensor, x: Tensor, p: float, seed: int, threads: int) -> None: ...
+def dropout(out: Tensor, x: Tensor, p: float, seed: int, start: int, threads: int) -> None: ...
 def compress(
     out: Tensor, x: Tensor, grouped: bool, length: int, rotation: Tensor | None, inverse: bool, threads: int
 ) -> None: ...

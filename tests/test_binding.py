@@ -401,7 +401,14 @@ def test_quantize_outputs_apart() -> None:
     ],
 )
 def test_dropout_refuses(change: dict[str, Any], error: type[Exception], message: str) -> None:
-    a: dict[str, Any] = {"out": torch.empty(M, K), "x": torch.randn(M, K), "p": 0.5, "seed": 1, "threads": 1}
+    a: dict[str, Any] = {
+        "out": torch.empty(M, K),
+        "x": torch.randn(M, K),
+        "p": 0.5,
+        "seed": 1,
+        "start": 0,
+        "threads": 1,
+    }
     a.update(change)
     with pytest.raises(error, match=message):
         _cpu.dropout(*a.values())
@@ -740,7 +747,7 @@ def step():
     results = [torch.empty(512, 512)]
     _cpu.dequantize(results[0], weight, 4)
     results.append(torch.empty(512, 512))
-    _cpu.dropout(results[1], w, 0.5, 1, 4)
+    _cpu.dropout(results[1], w, 0.5, 1, 0, 4)
     results.append(torch.empty(512, 64))
     _cpu.compress(results[2], w, False, 512, None, False, 4)
     results.append(torch.empty(512, 512))

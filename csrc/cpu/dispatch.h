@@ -17,6 +17,10 @@ void mora(const MoraParams& p);              // by p.compress.x.dtype
 void mora_grad(const MoraGradParams& p);     // by p.z.x.dtype
 void probe(const ProbeParams& p, DType dtype);
 
+// Several products by matmul() in a row (linear.cpp): each as it would be alone, bit by bit.
+void linear(const LinearParams& p);
+void linear_grad(const LinearGradParams& p);
+
 // The level in use: the best available one until another is set. `isa` must be available.
 Isa active_isa();
 void set_active_isa(Isa isa);

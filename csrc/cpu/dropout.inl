@@ -1,7 +1,7 @@
-// out[m, k] = x[m, k] where hash(seed, m K + k) < threshold, else 0.
+// out[m, k] = x[m, k] where hash(seed, start + m K + k) < threshold, else 0.
 //
 // The hash is the one that reference.dropout_mask states; it depends on the seed and the row-major index
-// alone. About 25 integer operations for an element, vectorised by the compiler: the memory's pace from AVX2
+// alone, so that rows of a larger x, whose first element is number `start`, are dropped as within it. About 25 integer operations for an element, vectorised by the compiler: the memory's pace from AVX2
 // on.
 #pragma once
 
@@ -44,7 +44,7 @@ void dropout(const DropoutParams& p) {
     T* out = static_cast<T*>(p.out) + m * p.columns;
     for (int64_t k = 0; k < p.columns;) {
       // up to where the high half of the index changes
-      const uint64_t index = static_cast<uint64_t>(m * p.columns + k);
+      const uint64_t index = static_cast<uint64_t>(p.start + m * p.columns + k);
       const int64_t left = static_cast<int64_t>((uint64_t{1} << 32) - (index & 0xFFFFFFFFu));
       const int64_t n = min_of(p.columns - k, left);
       const uint32_t k1 = mix(k0 + static_cast<uint32_t>(index >> 32) + 0x85EBCA6Bu);

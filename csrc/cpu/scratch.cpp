@@ -11,30 +11,45 @@ namespace {
 constexpr size_t kAlignment = 64;
 constexpr size_t kKept = size_t{64} << 20;
 
-struct Buffer {
-  void* data = nullptr;
-  size_t capacity = 0;
+class Buffer {
+ public:
   Buffer() = default;
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
-  ~Buffer() { std::free(data); }
+  ~Buffer() { std::free(data_); }
+
+  void* of(size_t bytes) {
+    const bool shrink = capacity_ > kKept && bytes <= kKept;
+    if (!data_ || bytes > capacity_ || shrink) replace(bytes);
+    return data_;
+  }
+
+ private:
+  void replace(size_t bytes) {
+    if (bytes > static_cast<size_t>(-1) - kAlignment) throw std::bad_alloc();
+    const size_t capacity = (bytes + kAlignment) / kAlignment * kAlignment;
+    std::free(data_);
+    capacity_ = 0;
+    data_ = std::aligned_alloc(kAlignment, capacity);
+    if (!data_) throw std::bad_alloc();
+    prefer_huge_pages(data_, capacity);
+    capacity_ = capacity;
+  }
+
+  void* data_ = nullptr;
+  size_t capacity_ = 0;
 };
 
 }  // namespace
 
 void* scratch(size_t bytes) {
   thread_local Buffer buffer;
-  const bool shrink = buffer.capacity > kKept && bytes <= kKept;
-  if (buffer.data && bytes <= buffer.capacity && !shrink) return buffer.data;
-  if (bytes > static_cast<size_t>(-1) - kAlignment) throw std::bad_alloc();
-  const size_t capacity = (bytes + kAlignment) / kAlignment * kAlignment;
-  std::free(buffer.data);
-  buffer.capacity = 0;
-  buffer.data = std::aligned_alloc(kAlignment, capacity);
-  if (!buffer.data) throw std::bad_alloc();
-  prefer_huge_pages(buffer.data, capacity);
-  buffer.capacity = capacity;
-  return buffer.data;
+  return buffer.of(bytes);
+}
+
+void* operand_scratch(size_t bytes) {
+  thread_local Buffer buffer;
+  return buffer.of(bytes);
 }
 
 }  // namespace peftkern

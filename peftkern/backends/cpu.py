@@ -69,8 +69,8 @@ def quantize(weight: Tensor, packed: Tensor, absmax: Tensor, quant_type: str, bl
     _cpu.quantize(weight, packed, absmax, quant_type, blocksize, get_num_threads())
 
 
-def dropout(out: Tensor, x: Tensor, p: float, seed: Tensor) -> None:
-    _cpu.dropout(out, x, p, int(seed), get_num_threads())
+def dropout(out: Tensor, x: Tensor, p: float, seed: Tensor, start: int = 0) -> None:
+    _cpu.dropout(out, x, p, int(seed), start, get_num_threads())
 
 
 def compress(
