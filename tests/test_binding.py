@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from guarded import guarded
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -388,6 +389,10 @@ def test_quantize_outputs_apart() -> None:
         ({"p": None}, TypeError, "incompatible function arguments"),
         ({"seed": 2**64}, ValueError, "seed: expected an int of 64 bits, got 18446744073709551616"),
         ({"seed": 1.0}, TypeError, "seed: expected an int, got float"),
+        ({"start": -1}, ValueError, r"start: expected 0 or more, and start \+ 288 .* 63 bits, got -1"),
+        ({"start": 2**63 - 288}, ValueError, r"start: expected .*, got 9223372036854775520"),
+        ({"start": 2**63}, ValueError, "start: expected an int of 64 bits, got 9223372036854775808"),
+        ({"start": None}, TypeError, "start: expected an int, got NoneType"),
         ({"out": torch.empty(M, K + 1)}, ValueError, "out: expected 288 elements, got 291"),
         ({"out": torch.empty(K, M).t()}, ValueError, "out: expected a contiguous tensor"),
         (
@@ -610,6 +615,347 @@ def test_mora_shares_no_memory() -> None:
     for name, tensor in {"x": memory[:, :22], "grad": memory[:, :20], "rotation": shared["rotation"]}.items():
         with pytest.raises(ValueError, match=rf"out: expected memory apart from .* shared with {name}$"):
             mora_grad(out=shared["matrix"], **{name: tensor})
+
+
+# ---- linear and linear_grad: the products of a low-rank adapter, in one call each
+
+LINEAR = ("out", "t", "x", "weight", "A", "B", "scaling", "bias", "threads")
+GRADIENTS = ("dx", "dA", "dB", "dbias")
+LINEAR_GRAD = (*GRADIENTS, "dY", "x", "weight", "A", "B", "t", "scaling", "threads")
+# what each gradient is made of, beside dY
+NEEDS = {"dx": ("weight", "A", "B"), "dA": ("x", "B"), "dB": ("t",), "dbias": ()}
+LINEAR_SHAPES = {"out": (M, N), "t": (M, R), "x": (M, K), "A": (R, K), "B": (N, R), "bias": (N,)}
+LINEAR_GRAD_SHAPES = {
+    **{"dx": (M, K), "dA": (R, K), "dB": (N, R), "dbias": (N,), "dY": (M, N)},
+    **{"x": (M, K), "A": (R, K), "B": (N, R), "t": (M, R)},
+}  # fmt: skip
+
+
+def linear(**changes: Any) -> dict[str, Any]:
+    a: dict[str, Any] = {name: torch.randn(shape) for name, shape in LINEAR_SHAPES.items()}
+    a.update({"weight": packed_weight(), "scaling": 1.0, "threads": 1, **changes})
+    _cpu.linear(*(a[name] for name in LINEAR))
+    return a
+
+
+def linear_grad(**changes: Any) -> dict[str, Any]:
+    a: dict[str, Any] = {name: torch.randn(shape) for name, shape in LINEAR_GRAD_SHAPES.items()}
+    a.update({"weight": packed_weight(), "scaling": 1.0, "threads": 1, **changes})
+    _cpu.linear_grad(*(a[name] for name in LINEAR_GRAD))
+    return a
+
+
+def nan(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.full(shape, torch.nan, dtype=dtype)
+
+
+def unwritten(like: Tensor) -> Tensor:
+    return guarded(torch.full_like(like, torch.nan), "end")
+
+
+def product_of(
+    out: Tensor, x: Tensor, weight: Any, transposed: bool, alpha: float = 1.0, *rest: Any
+) -> Tensor:
+    t, u, bias = (*rest, None, None, None)[:3]
+    _cpu.matmul(out, x, weight, transposed, alpha, t, u, bias, None, 1)
+    return out
+
+
+def by_products(a: dict[str, Any], parameter: torch.dtype) -> dict[str, Tensor]:
+    """Every output of both calls, by _cpu.matmul; a holds the inputs, W [N, K]."""
+    x, w, A, B, dY, s = (a[name] for name in ("x", "weight", "A", "B", "dY", "scaling"))
+    (rows, columns), outputs, dtype = x.shape, dY.shape[1], x.dtype
+    t = G = None
+    found: dict[str, Tensor] = {}
+    if A is not None:
+        rank = A.shape[0]
+        found["t"] = t = product_of(nan(rows, rank, dtype=dtype), x, A, False, s)
+        G = product_of(nan(rows, rank, dtype=dY.dtype), dY, B, True, s)
+        found["dA"] = product_of(nan(rank, columns, dtype=parameter), G.t(), x, True)
+        found["dB"] = nan(outputs, rank, dtype=parameter)
+        product_of(found["dB"].t(), t.t(), dY, True)
+    found["out"] = product_of(nan(rows, outputs, dtype=dtype), x, w, False, 1.0, t, B, a["bias"])
+    found["dx"] = nan(rows, columns, dtype=dtype)
+    product_of(found["dx"], dY, w, True, 1.0, G, None if A is None else A.t())
+    ones = dY.new_ones(1, 1).expand(1, rows)
+    found["dbias"] = product_of(nan(1, outputs, dtype=parameter), ones, dY, True)[0]
+    return found
+
+
+def random_weight(outputs: int, columns: int, blocksize: int, nested: bool) -> tuple[Any, ...]:
+    blocks = -(-outputs * columns // blocksize)
+    packed = torch.randint(0, 256, (-(-outputs * columns // 2),), dtype=torch.uint8)
+    if not nested:
+        return packed, torch.rand(blocks), None, "nf4", blocksize, outputs, columns
+    inner = torch.rand(-(-blocks // 256)), torch.randn(256), torch.rand(()), 256
+    absmax = torch.randint(0, 256, (blocks,), dtype=torch.uint8)
+    return packed, absmax, inner, "fp4", blocksize, outputs, columns
+
+
+def apart(tensor: Tensor, layout: str) -> Tensor:
+    """The same values: contiguous, as a transposed view, or in every other column."""
+    if layout == "contiguous" or tensor.dim() != 2:
+        return tensor.contiguous()
+    if layout == "transposed":
+        return tensor.t().contiguous().t()
+    return tensor.repeat_interleave(2, 1)[:, ::2]
+
+
+# M, N, K, R, blocksize, nested, layout; M = 70 is three blocks of rows to no kernel, 33 no whole tile of any
+LINEAR_CASES = [
+    (1, 64, 64, 16, 64, False, "contiguous"),
+    (3, 65, 96, 3, 64, True, "contiguous"),
+    (3, 128, 192, 16, 32, True, "transposed"),
+    (33, 7, 31, 5, 32, False, "strided"),
+    (33, 192, 128, 64, 128, True, "contiguous"),
+    (70, 130, 256, 8, 64, False, "transposed"),
+    (70, 64, 330, 70, 256, True, "strided"),
+    (70, 128, 64, 0, 64, False, "contiguous"),
+    (0, 64, 96, 4, 64, True, "contiguous"),
+    (3, 0, 96, 4, 64, False, "contiguous"),
+    (3, 64, 0, 4, 64, False, "contiguous"),
+    (33, 0, 0, 0, 64, False, "contiguous"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", LINEAR_CASES, ids=lambda case: "x".join(map(str, case)))
+def test_linear_is_its_products(case: tuple[Any, ...], dtype: torch.dtype, isa: str) -> None:
+    """The same bits as product by product, all gradients at once and each alone, with and without the
+    adapter, on two threads as on one, every tensor between forbidden pages."""
+    rows, outputs, columns, rank, blocksize, nested, layout = case
+    for parameter in {dtype, torch.float32}:
+        a: dict[str, Any] = {
+            "x": apart(torch.randn(rows, columns).to(dtype), layout),
+            "weight": random_weight(outputs, columns, blocksize, nested),
+            "A": apart(torch.randn(rank, columns).to(parameter), layout),
+            "B": apart(torch.randn(outputs, rank).to(parameter), layout),
+            "dY": apart(torch.randn(rows, outputs).to(dtype), layout),
+            "bias": torch.randn(outputs).to(parameter),
+            "scaling": 0.75,
+        }
+        if layout == "contiguous":
+            a = {name: guarded(v, "end") if isinstance(v, Tensor) else v for name, v in a.items()}
+            packed, absmax, *rest = a["weight"]
+            a["weight"] = guarded(packed, "start"), guarded(absmax, "end"), *rest
+        expected = by_products(a, parameter)
+
+        for threads in (1, 2):
+            found = {name: unwritten(value) for name, value in expected.items()}
+            linear(**{**a, "out": found["out"], "t": found["t"], "threads": threads})
+            linear_grad(**{**a, **found, "threads": threads})
+            for name, value in found.items():
+                assert torch.equal(value, expected[name]), (name, parameter, threads)
+        for name in GRADIENTS:
+            needed = {k: a[k] if k in a else expected[k] for k in NEEDS[name]}
+            nothing = dict.fromkeys((*GRADIENTS, "x", "weight", "A", "B", "t"))
+            alone = linear_grad(**{**a, **nothing, **needed, name: unwritten(expected[name])})[name]
+            assert torch.equal(alone, expected[name]), (name, "alone", parameter)
+
+        bare = {**a, "A": None, "B": None, "bias": None}
+        expected = by_products(bare, parameter)
+        found = {name: unwritten(expected[name]) for name in ("out", "dx", "dbias")}
+        linear(**{**bare, "out": found["out"], "t": None})
+        linear_grad(**{**bare, **found, "dA": None, "dB": None, "t": None})
+        for name, value in found.items():
+            assert torch.equal(value, expected[name]), (name, "no adapter", parameter)
+
+
+def test_linear_of_nothing() -> None:
+    """A sum of no terms is zero, also where nothing else of the call is computed."""
+    none = (torch.empty(0, dtype=torch.uint8), torch.empty(0), None, "nf4", 64)
+    a = linear(x=torch.empty(M, 0), A=torch.empty(R, 0), weight=(*none, N, 0))
+    assert torch.equal(a["t"], torch.zeros(M, R))
+    assert torch.equal(a["out"], a["bias"].expand(M, N))
+    a = linear(out=torch.empty(M, 0), B=torch.empty(0, R), bias=torch.empty(0), weight=(*none, 0, K))
+    assert torch.equal(a["t"], product_of(torch.empty(M, R), a["x"], a["A"], False))
+    rows = {"dY": torch.empty(0, N), "x": torch.empty(0, K), "t": torch.empty(0, R), "dx": torch.empty(0, K)}
+    a = linear_grad(**rows)
+    for name in ("dA", "dB", "dbias"):
+        assert torch.equal(a[name], torch.zeros(LINEAR_GRAD_SHAPES[name])), name
+    outputs = {
+        "dY": torch.empty(M, 0),
+        "B": torch.empty(0, R),
+        "dB": torch.empty(0, R),
+        "dbias": torch.empty(0),
+    }
+    a = linear_grad(**outputs, weight=(*none, 0, K))
+    for name in ("dx", "dA"):
+        assert torch.equal(a[name], torch.zeros(LINEAR_GRAD_SHAPES[name])), name
+    a = linear_grad(**dict.fromkeys((*GRADIENTS, "x", "weight", "A", "B", "t")))  # nothing is asked for
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", [*NOT_TENSORS, *BAD_TENSORS])
+@pytest.mark.parametrize(
+    ("call", "argument", "shape"),
+    [(linear, *item) for item in LINEAR_SHAPES.items()]
+    + [(linear_grad, *item) for item in LINEAR_GRAD_SHAPES.items()],
+)
+def test_linear_refuses_tensors(
+    call: Callable[..., Any], argument: str, shape: tuple[int, ...], kind: str
+) -> None:
+    bad = {**NOT_TENSORS, **BAD_TENSORS}[kind](*shape)
+    if kind == "None" and (argument == "bias" or (call is linear_grad and argument in GRADIENTS)):
+        call(**{argument: bad})
+        return
+    name = rf"({argument}|t, A, B|A, B)"
+    if kind.startswith("one"):  # which of them is wrong cannot be said
+        name = r"\w+"
+    with pytest.raises((TypeError, ValueError), match=rf"^{name}: expected .*, got ") as caught:
+        call(**{argument: bad})
+    if kind != "None":
+        assert caught.type is (TypeError if kind in NOT_TENSORS else ValueError)
+
+
+@pytest.mark.parametrize(
+    ("call", "change", "error", "message"),
+    [
+        (linear, {"t": None}, ValueError, "t, A, B: expected all or none .*, got None, a value and a value"),
+        (linear, {"A": None, "B": None}, ValueError, "t, A, B: expected all or none .*, got a value, None"),
+        (
+            linear,
+            {"t": torch.empty(M, R).half()},
+            ValueError,
+            "t: expected x's dtype, torch.float32, got torch.fl",
+        ),
+        (linear, {"t": torch.empty(R, M).t()}, ValueError, "t: expected a contiguous tensor"),
+        (linear, {"t": torch.empty(1, R).expand(M, R)}, ValueError, "t: expected a contiguous tensor"),
+        (linear, {"t": torch.empty(M + 1, R)}, ValueError, r"t: expected shape \[3, 4\], got \[4, 4\]"),
+        (linear, {"out": torch.empty(1, N).expand(M, N)}, ValueError, "out: expected elements that do not"),
+        (linear, {"A": torch.zeros(R, K - 1)}, ValueError, r"A: expected shape \[4, 96\], got \[4, 95\]"),
+        (linear, {"A": torch.zeros(R + 1, K)}, ValueError, r"A: expected shape \[4, 96\], got \[5, 96\]"),
+        (linear, {"B": torch.zeros(N, R + 1)}, ValueError, r"B: expected shape \[64, 4\], got \[64, 5\]"),
+        (linear, {"B": torch.zeros(N - 1, R)}, ValueError, r"B: expected shape \[64, 4\], got \[63, 4\]"),
+        (linear, {"bias": torch.zeros(1, N)}, ValueError, r"bias: expected shape \[64\], got \[1, 64\]"),
+        (linear, {"weight": torch.zeros(N, K)}, TypeError, r"weight: expected \(packed, .*\), got a Tensor"),
+        (linear, {"weight": None}, TypeError, r"weight: expected \(packed, .*\), got a NoneType"),
+        (
+            linear,
+            {"weight": packed_weight(N=K, K=N)},
+            ValueError,
+            r"weight: expected .* \[64, 96\] .*, got \[96",
+        ),
+        (linear, {"threads": 0}, ValueError, "threads: expected 1 to 1024, got 0"),
+        (linear, {"scaling": None}, TypeError, "incompatible function arguments"),
+        (linear_grad, {"A": None}, ValueError, "A, B: expected both or neither for dx, got only B"),
+        (
+            linear_grad,
+            {"B": None, "dA": None},
+            ValueError,
+            "A, B: expected both or neither for dx, got only A",
+        ),
+        (linear_grad, {"B": None, "A": None}, TypeError, "B: expected a torch.Tensor, got NoneType"),
+        (linear_grad, {"x": None}, TypeError, "x: expected a torch.Tensor, got NoneType"),
+        (linear_grad, {"t": None}, TypeError, "t: expected a torch.Tensor, got NoneType"),
+        (linear_grad, {"weight": None}, TypeError, r"weight: expected \(packed, .*\), got a NoneType"),
+        (
+            linear_grad,
+            {"weight": torch.zeros(N, K)},
+            TypeError,
+            r"weight: expected \(packed, .*\), got a Tensor",
+        ),
+        (
+            linear_grad,
+            {"weight": packed_weight(N=K, K=N)},
+            ValueError,
+            r"weight: .*\[N, K\] = \[64, 96\] .*, got",
+        ),
+        (linear_grad, {"dx": torch.zeros(M, K + 1)}, ValueError, r"weight: .*\[N, K\] = \[64, 97\] .*, got"),
+        (
+            linear_grad,
+            {"dx": torch.zeros(M + 1, K)},
+            ValueError,
+            r"dx: expected shape \[3, 96\], got \[4, 96\]",
+        ),
+        (
+            linear_grad,
+            {"dA": torch.zeros(R, K + 1)},
+            ValueError,
+            r"dA: expected shape \[4, 96\], got \[4, 97\]",
+        ),
+        (
+            linear_grad,
+            {"dB": torch.zeros(N, R + 1)},
+            ValueError,
+            r"dB: expected shape \[64, 4\], got \[64, 5\]",
+        ),
+        (linear_grad, {"dbias": torch.zeros(N + 1)}, ValueError, r"dbias: expected shape \[64\], got \[65\]"),
+        (
+            linear_grad,
+            {"x": torch.zeros(M, K - 1)},
+            ValueError,
+            r"x: expected shape \[3, 96\], got \[3, 95\]",
+        ),
+        (linear_grad, {"t": torch.zeros(M, R + 1)}, ValueError, r"t: expected shape \[3, 4\], got \[3, 5\]"),
+        (
+            linear_grad,
+            {"dA": torch.empty(1, K).expand(R, K)},
+            ValueError,
+            "dA: expected elements that do not",
+        ),
+        (
+            linear_grad,
+            {"dbias": torch.empty(1).expand(N)},
+            ValueError,
+            "dbias: expected elements that do not",
+        ),
+        (linear_grad, {"threads": 1025}, ValueError, "threads: expected 1 to 1024, got 1025"),
+    ],
+)
+def test_linear_refuses(
+    call: Callable[..., Any], change: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        call(**change)
+
+
+@pytest.mark.parametrize(
+    ("call", "shapes", "outputs"),
+    [(linear, LINEAR_SHAPES, ("out", "t")), (linear_grad, LINEAR_GRAD_SHAPES, GRADIENTS)],
+)
+def test_linear_outputs_share_no_memory(
+    call: Callable[..., Any], shapes: dict[str, tuple[int, ...]], outputs: tuple[str, ...]
+) -> None:
+    memory = torch.zeros(N * K)
+
+    def placed(name: str) -> Tensor:
+        return memory[: math.prod(shapes[name])].view(shapes[name])
+
+    for written in outputs:
+        for other in shapes.keys() - {written}:
+            names = rf"({written}: .* with {other}|{other}: .* with {written})"
+            with pytest.raises(ValueError, match=names.replace(": ", ": expected memory apart from")):
+                call(**{written: placed(written), other: placed(other)})
+        weights = {
+            "packed": packed_weight(packed=memory.view(torch.uint8)[: N * K // 2]),
+            "absmax": packed_weight(absmax=memory[: N * K // BLOCKSIZE]),
+            "nested absmax": packed_weight(True, absmax2=memory[:1]),
+            "nested code": packed_weight(True, code=memory[:256]),
+            "nested offset": packed_weight(True, offset=memory[:1].view(())),
+        }
+        for part, weight in weights.items():
+            with pytest.raises(ValueError, match=rf"{written}: .* shared with weight {part}$"):
+                call(**{written: placed(written), "weight": weight})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_dropout_starts_anywhere(dtype: torch.dtype, isa: str) -> None:
+    """Rows dropped block by block are dropped as within the whole, across 2^32 elements too."""
+    rows, columns = 70, 37
+    x = torch.rand(rows, columns).add(0.5).to(dtype)
+    for first in (0, 12345, 2**32 - 1000, 2**33 + 7, 2**63 - 1 - rows * columns):
+        whole = nan(rows, columns, dtype=dtype)
+        _cpu.dropout(whole, x, 0.4, -5, first, 2)
+        assert 0.5 < (whole != 0).float().mean() < 0.7
+        for begin, end in ((0, 1), (1, 40), (40, 70)):
+            part = nan(end - begin, columns, dtype=dtype)
+            _cpu.dropout(part, apart(x[begin:end], "strided"), 0.4, -5, first + begin * columns, 1)
+            assert torch.equal(part, whole[begin:end]), (first, begin)
+    moved = nan(rows, columns, dtype=dtype)
+    _cpu.dropout(moved, x, 0.4, -5, 2**32 + 12345, 1)  # the high half of the index counts
+    _cpu.dropout(whole, x, 0.4, -5, 12345, 1)
+    assert not torch.equal(moved, whole)
 
 
 @pytest.mark.parametrize("threads", [1, 3])
