@@ -16,19 +16,20 @@ inline uint32_t mix(uint32_t x) {
   return x ^ x >> 16;
 }
 
-template <class T>  // float, Bf16, F16: only their bits move
+template <class T>  // uint32_t, uint16_t: only bits move
 inline void dropout_run(const T* x, int64_t stride, int64_t n, uint32_t index, uint32_t k0, uint32_t k1,
                         uint32_t threshold, T* out) {
   if (stride == 1) {
     for (int64_t i = 0; i < n; ++i) {
       const uint32_t h = mix(mix((index + static_cast<uint32_t>(i)) ^ k0) + k1);
-      out[i] = h < threshold ? x[i] : T{};
+      // a mask, not a choice: gcc vectorises it for 16 bits too
+      out[i] = x[i] & static_cast<T>(-static_cast<T>(h < threshold));
     }
     return;
   }
   for (int64_t i = 0; i < n; ++i) {
     const uint32_t h = mix(mix((index + static_cast<uint32_t>(i)) ^ k0) + k1);
-    out[i] = h < threshold ? x[i * stride] : T{};
+    out[i] = h < threshold ? x[i * stride] : T(0);
   }
 }
 
@@ -61,8 +62,8 @@ void dropout(const DropoutParams& p) {
 
 }  // namespace
 
-void dropout_f32(const DropoutParams& p) { dropout<float>(p); }
-void dropout_bf16(const DropoutParams& p) { dropout<Bf16>(p); }
-void dropout_f16(const DropoutParams& p) { dropout<F16>(p); }
+void dropout_f32(const DropoutParams& p) { dropout<uint32_t>(p); }
+void dropout_bf16(const DropoutParams& p) { dropout<uint16_t>(p); }
+void dropout_f16(const DropoutParams& p) { dropout<uint16_t>(p); }
 
 }  // namespace peftkern::PEFTKERN_ISA
