@@ -92,6 +92,7 @@ def cases(capability: int, everything: bool) -> Iterator[Case]:
         dequantize,
         dropout,
         matmul,
+        mora_grad,
         output_grads,
         quantize,
     )
@@ -235,6 +236,31 @@ def cases(capability: int, everything: bool) -> Iterator[Case]:
     yield from gradients(512, 16, "G dB dbias", fp32, odd=1)
     for asked in ("G", "dB", "dbias"):
         yield from gradients(512, 16, asked, fp32)
+
+    def square(M: int, outputs: int, size: int, turned: bool, dtype: torch.dtype = bf16) -> Iterator[Case]:
+        """dM of MoRA; loads of neighbours are as wide as r̂ and the columns allow."""
+        count = -(-K // size)
+        rotation = _empty(count, 2, size // 2, dtype=fp32) if turned else None
+        dY, x, dM = _empty(M, outputs, dtype=dtype), _empty(M, K, dtype=dtype), _empty(size, size, dtype=fp32)
+        for launch in mora_grad.plan(machine, dM, dY, x, 1.0, count * size, rotation):
+            main, a = launch.kernel is mora_grad.mora_grad, launch.arguments
+            how = f"in blocks of {size}{' turned' if turned and not main else ''}"
+            if main:
+                tile = f"{a['BLOCK_I']}x{a['BLOCK_J']}x{a['BLOCK_M']}"
+                how = f"{tile} {launch.warps} warps {launch.stages} stages, {how} {dtype}".replace(
+                    "torch.", ""
+                )
+            if (launch.kernel, how) not in seen:
+                seen.add((launch.kernel, how))
+                yield Case(launch.kernel.__name__, how, [launch], main and dtype != fp32)
+
+    for size, outputs in ((256, N), (202, 1024)):
+        for turned in (True, False):
+            for M in (16, 100, 512, 1024, 8192):  # each tile
+                yield from square(M, outputs, size, turned)
+            yield from square(8192, outputs, size, turned, fp16)
+            for M in (16, 8192):
+                yield from square(M, outputs, size, turned, fp32)
 
     out = _empty(512, N, dtype=bf16)
     none, empty = _empty(512, 0, dtype=bf16), _empty(N, 0, dtype=bf16)

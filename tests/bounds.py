@@ -28,7 +28,7 @@ What a correct kernel may do, and nothing more:
   table of fp32 cosines and sines), rounded to x's dtype, so their error travels on; z Mᵀ and g M are outputs
   of fp32, and enter the base product's sum as they are;
 - MoRA of several blocks on triton: M instead of x is turned back for each block, in fp32, and rounded to the
-  compute type; dM is made as elsewhere;
+  compute type; of dM the products of dY and x̃ are turned, in fp32, and neither is rounded before;
 - values below fp32's smallest normal 2^-126 may be flushed to zero (AVX512_BF16 and AMX do so).
 """
 
@@ -270,6 +270,46 @@ def rotated(a: Approx, rank: int, turns: tuple[Tensor, Tensor], inverse: bool = 
     return Approx(one + other, error + 2.0 * FLUSHED, typical.sqrt())
 
 
+def turned_grad(
+    grad: Tensor, x: Tensor, rank: int, turns: tuple[Tensor, Tensor] | None, columns: int, scaling: float
+) -> Approx:
+    """dM of several blocks on triton, in fp32: r̂ columns of dY with the block of x̃ that they meet, turned.
+
+    A term g x cos is rounded in its product, by at most M - 1 sums over the rows, by the turn's table,
+    product and sum, by at most M sums for each r̂ columns over the parts of the rows, and twice by scaling.
+    The sizes are those of the terms, because parts are turned before they are added up.
+    """
+    (M, outputs), blocks = grad.shape, -(-grad.shape[1] // rank)
+    D = torch.nn.functional.pad(grad.double(), (0, blocks * rank - outputs)).view(M, blocks, rank)
+    x = x.double()[:, torch.arange(columns, device=x.device) % x.shape[1]]
+    X = x.view(M, columns // rank, rank)[:, torch.arange(blocks, device=x.device) % (columns // rank)]
+    cos, sin = torch.ones(columns, dtype=torch.float64), torch.zeros(columns, dtype=torch.float64)
+    cos, sin = (cos, sin) if turns is None else turns
+    at = torch.arange(blocks) % (columns // rank)
+    c, s = (part.view(columns // rank, 1, rank)[at] for part in (cos, sin))
+
+    def product(power: float) -> tuple[Tensor, Tensor]:
+        """Of the operands' powers, and with the halves swapped: [block, r̂, r̂]."""
+        P = torch.einsum("mbi,mbj->bij", D.abs() ** power, X.abs() ** power)
+        return P, P.roll(rank // 2, 2)
+
+    one = torch.einsum("mbi,mbj->bij", D, X)
+    sign = torch.ones(rank, dtype=torch.float64)
+    sign[: rank // 2] = -1.0
+    value = scaling * (one * c + one.roll(rank // 2, 2) * sign * s).sum(0)
+    size, squares = (
+        (P * c.abs() ** power + swapped * s.abs() ** power).sum(0)
+        for power in (1.0, 2.0)
+        for P, swapped in (product(power),)
+    )
+    count = M * (blocks + 1) + 5
+    gamma = count * U32 / (1.0 - count * U32)
+    flushed = FLUSHED * (D.abs().sum((0, 1)).unsqueeze(1) + X.abs().sum((0, 1)) + count * blocks)
+    error = abs(scaling) * (gamma * size + 2.0 * flushed)
+    typical = count * U32**2 / 3.0 * torch.maximum(scaling**2 * squares, value.square())
+    return Approx(value, error, typical.sqrt())
+
+
 def mora(
     x: Tensor,
     matrix: Tensor,
@@ -346,10 +386,11 @@ def mora(
 
     D = operand(grad, compute)
     g = rounded(gathered(D, decompress.t()), decompress.t())
-    found["matrix"] = replace(
-        matmul(blocks(g).t(), blocks(z).t(), matrix.dtype, scaling),
-        count=min(rank * rank, x.shape[0] * middle),
-    )
+    if turns_matrix:
+        dM = turned_grad(grad, x, rank, turns, middle, scaling).rounded(matrix.dtype)
+    else:
+        dM = matmul(blocks(g).t(), blocks(z).t(), matrix.dtype, scaling)
+    found["matrix"] = replace(dM, count=min(rank * rank, x.shape[0] * middle))
     if turns_matrix:
         v = turned_product(g, True)
     else:

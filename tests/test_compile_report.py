@@ -77,5 +77,5 @@ def test_one_kernel_of_each_kind_compiles() -> None:
             assert (row.tensor_cores, row.w_from) == ("wgmma", "registers")
     assert {kernel for kernel, _ in seen} == {
         "matmul_4bit", "matmul_dense", "finish_split", "decode_scales", "dequantize", "quantize", "compress",
-        "dropout", "output_grads", "finish_output_grads",
+        "dropout", "output_grads", "finish_output_grads", "mora_grad", "finish_mora_grad",
     }  # fmt: skip

@@ -184,7 +184,7 @@ def dropout(out: Tensor, x: Tensor, p: float, seed: Tensor) -> None:
     _run(kernels.plan(out, x, keep_threshold(p), seed), x.device)
 
 
-# one block, and dM of several: for some rows at a time, so that the middles are bounded
+# one block, for some rows at a time
 _COMPOSED = Composed(matmul, compress, scratch=1 << 26)
 
 
@@ -228,6 +228,17 @@ def mora(
         out.addmm_(x, dense if transposed else dense.t())
 
 
+def mora_grad(
+    dM: Tensor, dY: Tensor, x: Tensor, scaling: float, columns: int, rotation: Tensor | None
+) -> None:
+    from peftkern.triton_kernels import mora_grad as kernels
+
+    if dY.numel() == 0 or x.numel() == 0:
+        dM.zero_()
+        return
+    _run(kernels.plan(_machine(x.device), dM, dY, x, scaling, columns, rotation), x.device)
+
+
 BACKEND = Backend(
     name="triton",
     rows={
@@ -236,7 +247,7 @@ BACKEND = Backend(
         "output_grads": output_grads,
         "compress": compress,
         "mora": mora,
-        "mora_grad": _COMPOSED.grad,
+        "mora_grad": mora_grad,
         "dequantize": dequantize,
         "quantize": quantize,
         "dropout": dropout,

@@ -438,7 +438,8 @@ def mora(x: Tensor, matrix: Tensor, out_features: int, mora_type: int | str = 1)
     never made as a whole: on cpu y, dX and dM come from a pass over x, over dY and over both, some rows at a
     time on their way through the L2 cache (dM with at most 16 matrices of sums, 8 MB of them); where M is
     large for so few rows, for dM from r̂ = 513 on, and on reference, of parts in at most 2 MB, dX in 4 (a row
-    where that is more); on triton dM takes 64 MB, and y and dX n matrices M, turned by each block.
+    where that is more); on triton dM takes an fp32 matrix of sums for each r̂ columns of dY, more
+    where parts of the rows fill the GPU, and y and dX n matrices M, turned by each block.
     First derivatives in reverse mode only: double backward and forward mode raise RuntimeError. Under
     torch.autocast x is cast as F.linear casts it.
 

@@ -107,11 +107,20 @@ PART_ROWS = 128
 PART_COLUMNS = 256  # the tiles that so many parts shall fill the machine with
 STEP_ROWS = 64  # a part has whole steps of every tile
 
+# capability → tiles of MoRA's dM, the widest first; outputs, rows: dM's rows and columns, inner: rows of x
+MORA_GRAD: dict[int, tuple[Tile, ...]] = {
+    90: (Tile(128, 256, 64, 8, 4), Tile(128, 128, 64, 8, 4), Tile(64, 64, 64, 4, 4), Tile(32, 32, 64, 4, 4)),
+    80: (Tile(128, 256, 32, 8, 4), Tile(128, 128, 32, 8, 4), Tile(64, 64, 64, 4, 4), Tile(32, 32, 64, 4, 4)),
+}
+MORA_GRAD_FLOAT32 = (Tile(64, 64, 16, 8, 2), Tile(32, 32, 32, 4, 2))
+MORA_GRAD_ROWS = 256  # of a part, at least: it writes as much as so many rows of 128 columns of x and dY have
+
 # from this M on: dequantize into a scratch buffer, then cuBLAS adds onto the addend
 CROSSOVER: dict[int, int] = {90: 2048, 80: 1024}
 # no wgmma, 99 KB of shared memory
 WORDS[120], WORDS_TRANSPOSED[120] = WORDS[80], WORDS_TRANSPOSED[80]
 OUTPUT_GRADS[120], CROSSOVER[120] = OUTPUT_GRADS[80], CROSSOVER[80]
+MORA_GRAD[120] = MORA_GRAD[80]
 CROSSOVER_FLOAT32 = 128  # no tensor cores to overlap with: the vendor's product is ahead early
 
 GROUP = 8  # tiles of rows that pass over W together, while its bytes lie in L2
@@ -167,6 +176,35 @@ def output_grads_tile(M: int, N: int, rank: int, full: bool, machine: Machine) -
     # three quarters of the machine are enough
     filling = (tile for tile in candidates if 4 * parts * -(-N // tile.columns) >= 3 * machine.processors)
     return next(filling, candidates[-1]), rows, parts
+
+
+def mora_grad_tile(
+    M: int, size: int, blocks: int, turned: bool, full: bool, machine: Machine
+) -> tuple[Tile, int, int]:
+    """The tile, how many of its steps are a part, and how many parts there are of each of the blocks of dY
+    where they are turned, of all where not; full: fp32.
+
+    Of the tiles that give three quarters of the machine something to do, or as much of it as any does, that
+    which reads the fewest operands.
+    """
+
+    def parts(tile: Tile) -> tuple[int, int]:
+        """Of numbers of parts that take the same time, the fewest; and the programs that this makes."""
+        steps = -(-M // tile.inner) * (1 if turned else blocks)
+        programs = tiles(tile, size, size) * (blocks if turned else 1)
+        most = max(1, min(2 * machine.processors // programs, steps * tile.inner // MORA_GRAD_ROWS))
+        found = min(range(1, most + 1), key=lambda n: -(-n * programs // machine.processors) / n)
+        per_part = -(-steps // found)
+        return per_part, -(-steps // per_part)
+
+    def cost(tile: Tile) -> tuple[int, int]:
+        programs = tiles(tile, size, size) * parts(tile)[1] * (blocks if turned else 1)
+        operands = tiles(tile, size, size) * (tile.outputs + tile.rows)
+        return -min(4 * programs, 3 * machine.processors), operands
+
+    candidates = MORA_GRAD_FLOAT32 if full else of(MORA_GRAD, machine)
+    tile = min(candidates, key=cost)
+    return tile, *parts(tile)
 
 
 def dequantizes(rows: int, full: bool, machine: Machine) -> bool:
