@@ -103,6 +103,13 @@ class Epilogue {
     const bool simple = p.out.stride1 == 1 && !p.spread.values.data;
     if (simple && p.out.dtype == DType::f32) return plain(static_cast<float*>(p.out.data));
     if (simple && p.out.dtype == DType::bf16) return plain(static_cast<Bf16*>(p.out.data));
+    if (p.out.stride0 == 1 && rows > 1) {
+      if (p.out.dtype == DType::f32)
+        return write_columns(static_cast<float*>(p.out.data), m, rows, o, n, sums, stride);
+      if (p.out.dtype == DType::bf16)
+        return write_columns(static_cast<Bf16*>(p.out.data), m, rows, o, n, sums, stride);
+      return write_columns(static_cast<F16*>(p.out.data), m, rows, o, n, sums, stride);
+    }
     for (int64_t r = 0; r < rows; ++r) write(m + r, o, n, sums + r * stride);
   }
 
@@ -128,6 +135,27 @@ class Epilogue {
     }
     Vec operator()(int64_t i, int) const { return (*this)(i); }
   };
+
+  // The same for an out whose rows are neighbours: a vector of them at a time, in order by a transposition.
+  template <class T>
+  void write_columns(T* out, int64_t m, int64_t rows, int64_t o, int64_t n, const float* sums,
+                     int64_t stride) const {
+    constexpr int64_t kColumns = 64;
+    alignas(64) float block[kWidth][kColumns], turned[kWidth][kWidth];
+    for (int64_t r = 0; r < rows; r += kWidth) {
+      const int64_t some = min_of<int64_t>(kWidth, rows - r);
+      for (int64_t i = 0; i < n; i += kColumns) {
+        const int64_t count = min_of(kColumns, n - i);
+        for (int64_t k = 0; k < some; ++k)
+          write_to(block[k], m + r + k, o + i, count, sums + (r + k) * stride + i);
+        for (int64_t j = 0; j < count; j += kWidth) {
+          transpose(&block[0][j], kColumns, turned[0], kWidth);
+          for (int64_t q = 0; q < min_of<int64_t>(kWidth, count - j); ++q)
+            store_n(out + m + r + (o + i + j + q) * p.out.stride1, load(turned[q]), static_cast<int>(some));
+        }
+      }
+    }
+  }
 
   template <class T>
   void write_to(T* out, int64_t m, int64_t o, int64_t n, const float* sums) const {

@@ -281,6 +281,11 @@ inline void dot_rows_4bit(const MatmulParams& p, const DotRow* w, const Bf16* x,
 
 inline __m512i weights_32(const Bf16* w) { return _mm512_loadu_si512(w); }
 inline __m512i weights_32(const float* w) { return bf16_pair(load(w + 16).v, load(w).v); }
+inline __m512i weights_32(const Bf16* w, __mmask32 left) { return _mm512_maskz_loadu_epi16(left, w); }
+inline __m512i weights_32(const float* w, __mmask32 left) {
+  return bf16_pair(_mm512_maskz_loadu_ps(static_cast<__mmask16>(left >> 16), w + 16),
+                   _mm512_maskz_loadu_ps(static_cast<__mmask16>(left), w));
+}
 
 // sum[m] += w · x[m] over n elements, natural order.
 template <int M, class T>
@@ -291,15 +296,25 @@ inline void add_dot(const T* w, const Bf16* x, int64_t x_stride, int64_t n, __m5
     for (int m = 0; m < M; ++m) sum[m] = dot(sum[m], row, x + m * x_stride + i);
   }
   if (i < n) {
-    alignas(64) Bf16 last[32] = {};
-    convert_row(w + i, 1, n - i, last);
     const __mmask32 left = static_cast<__mmask32>((1u << (n - i)) - 1u);
+    const __m512i last = weights_32(w + i, left);
     for (int m = 0; m < M; ++m) {
-      const __m512i other = _mm512_maskz_loadu_epi16(left, x + m * x_stride + i);
-      sum[m] = _mm512_dpbf16_ps(sum[m], reinterpret_cast<__m512bh>(_mm512_load_si512(last)),
-                                reinterpret_cast<__m512bh>(other));
+      const __m512i other = weights_32(x + m * x_stride + i, left);
+      sum[m] = _mm512_dpbf16_ps(sum[m], reinterpret_cast<__m512bh>(last), reinterpret_cast<__m512bh>(other));
     }
   }
+}
+
+// The same with row i of a matrix; `room` is for one that cannot be read where it lies.
+template <int M>
+inline void add_dot_row(const Matrix& a, int64_t i, const Bf16* x, int64_t n, Bf16* room, __m512* sum) {
+  const int64_t at = i * a.stride0;
+  if (a.stride1 == 1 && a.dtype == DType::bf16)
+    return add_dot<M>(static_cast<const Bf16*>(a.data) + at, x, n, n, sum);
+  if (a.stride1 == 1 && a.dtype == DType::f32)
+    return add_dot<M>(static_cast<const float*>(a.data) + at, x, n, n, sum);
+  read_row(a, i, 0, n, room);
+  add_dot<M>(room, x, n, n, sum);
 }
 
 // What a thread needs beside x: kDotTask rows of sums, of absmax, one row of W.
@@ -377,21 +392,10 @@ inline void dot_group(const MatmulParams& p, const DotTask& task, int64_t m0, co
     for (int64_t r = 0; r < rows; ++r) {
       __m512* sum = sums + r * M;
       for (int m = 0; m < M; ++m) sum[m] = _mm512_setzero_ps();
-      const int64_t at = (o0 + r) * p.dense.stride0;
-      if (p.dense.dtype == DType::bf16 && p.dense.stride1 == 1) {
-        add_dot<M>(static_cast<const Bf16*>(p.dense.data) + at, x, p.inner, p.inner, sum);
-      } else if (p.dense.dtype == DType::f32 && p.dense.stride1 == 1) {
-        add_dot<M>(static_cast<const float*>(p.dense.data) + at, x, p.inner, p.inner, sum);
-      } else {
-        read_row(p.dense, o0 + r, 0, p.inner, task.row);
-        add_dot<M>(task.row, x, p.inner, p.inner, sum);
-      }
+      add_dot_row<M>(p.dense, o0 + r, x, p.inner, task.row, sum);
     }
   }
-  for (int64_t r = 0; p.rank && r < rows; ++r) {
-    read_row(p.u, o0 + r, 0, p.rank, task.row);
-    add_dot<M>(task.row, t, p.rank, p.rank, sums + r * M);
-  }
+  for (int64_t r = 0; p.rank && r < rows; ++r) add_dot_row<M>(p.u, o0 + r, t, p.rank, task.row, sums + r * M);
   for (int m = 0; m < M; ++m) {
     alignas(64) float y[kDotTask];
     for (int64_t r = 0; r < rows; r += 16) _mm512_store_ps(y + r, reduce_16(sums + r * M + m, M, rows - r));
