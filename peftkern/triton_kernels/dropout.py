@@ -25,6 +25,31 @@ def _mix(x):
     return x ^ (x >> 16)
 
 
+@triton.jit
+def mask_key(seed):
+    """What the seed gives to the hash of every element."""
+    value = tl.load(seed)
+    low = value.to(tl.uint32)
+    high = (value >> 32).to(tl.uint32)
+    return _mix(low + _mix(high + tl.full((), 0x9E3779B9, tl.uint32)))
+
+
+@triton.jit
+def kept(row, column, columns, key, threshold, WIDE: tl.constexpr):
+    """Whether the element at (row, column), which broadcast, of a matrix of so many columns is kept.
+
+    key: of mask_key. threshold: how many of the 2^32 hashes are kept, less than all, as int32. WIDE: for a
+    matrix of more than 2^32 elements; of any other the high half of the index is 0, and what it adds to the
+    hash the same for all.
+    """
+    index = row.to(tl.int64) * columns + column
+    second = key + tl.full((), 0x85EBCA6B, tl.uint32)
+    if WIDE:
+        second += (index >> 32).to(tl.uint32)
+    h = _mix(_mix(index.to(tl.uint32) ^ key) + _mix(second))
+    return h < threshold.to(tl.uint32, bitcast=True)
+
+
 @triton.jit(do_not_specialize=["M", "threshold"])
 def dropout(
     out, x, seed, M, columns, threshold, stride_xm, stride_xc, ROWS: tl.constexpr, COLUMNS: tl.constexpr

@@ -15,6 +15,12 @@ and its columns the operand's rows, of which a thread holds four that lie 8 and 
 loads int16 halves, four weights to these rows, and the result's rows are put back in order before they
 are stored.
 
+Dropout's mask falls where x is loaded, T = alpha dropout(x) Aᵀ and dA = Gᵀ dropout(x), or on the addend
+alone, dX = dY W + dropout(G A): there on the sums themselves, after the addend's steps and before those of W,
+so that nothing of x's size is written and no second sum kept. For each element a thread issues some 22
+instructions (triton_kernels/dropout.py): at a tile of 64 × 64 about 720 a step instead of 100, once for each
+64 ranks; for dX 128 of them for each tile of 256 × 128, some 3000 instructions beside 424 for each step.
+
 "Bytes" takes any N, K, address and blocksize: each weight reads its own byte. Right, not fast.
 
 A step reads BLOCK_O · BLOCK_C / 2 bytes of W and 2 · BLOCK_M · BLOCK_C of x for BLOCK_O · BLOCK_M ·
@@ -53,11 +59,21 @@ from peftkern.triton_kernels.decode import (
     prepare_lookup,
 )
 from peftkern.triton_kernels.dequantize import plan_scales
+from peftkern.triton_kernels.dropout import kept, mask_key
 from peftkern.triton_kernels.launch import TYPES, Launch, Layout, Machine, Spread, Weight4, layout
 
 FINISH_BLOCK = 512
+SHORT_INDICES = 1 << 32  # of so many elements 32 bits are an index
 BLOCK_R = 16  # a step of the addend: more of it at once would not fit beside the sums
 FINISH_REGISTERS = 16  # sums of a thread that are finished at a time
+
+
+# each of their values would be another kernel, were they specialized
+DYNAMIC = ["M", "rank", "P", "length", "steps_per_split", "blocks", "t_columns", "threshold"]
+
+# where it falls ("x", "weight" or "addend"), how many of the 2^32 hashes are kept, seed int64 scalar
+Mask = tuple[str, int, Tensor]
+NO_MASK = "", 0, None
 
 
 @triton.jit
@@ -169,20 +185,22 @@ def _tile(tiles_m, tiles_o, GROUP: tl.constexpr):
     return first + within % height, within // height
 
 
-@triton.jit(do_not_specialize=["M", "rank", "P", "length", "steps_per_split", "blocks", "t_columns"])
+@triton.jit(do_not_specialize=DYNAMIC)
 def matmul_4bit(
-    out, x, packed, absmax, t, u, bias, values,
+    out, x, packed, absmax, t, u, bias, values, seed,
     M, outputs, inner, line, rank, P, length,
     stride_out_m, stride_out_o, stride_xm, stride_xc, stride_tm, stride_tr, stride_uo, stride_ur, stride_bias,
-    stride_values, x_step, steps_per_split, alpha, blocks, t_columns, stride_ub, scaling,
+    stride_values, x_step, steps_per_split, alpha, blocks, t_columns, stride_ub, scaling, threshold,
     NF4: tl.constexpr, LOG2_BLOCK: tl.constexpr, SCALE_COLUMNS: tl.constexpr,
     TRANSPOSED: tl.constexpr, WORDS: tl.constexpr, SPLIT: tl.constexpr, GROUPED: tl.constexpr,
     COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_O: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
     GROUP: tl.constexpr, PARTS: tl.constexpr, BLOCKS: tl.constexpr, ALIGNED: tl.constexpr,
+    MASK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """packed: where WORDS int32, or int16 if TRANSPOSED, `line` of them a row of W; else uint8. SPLIT: out is
-    fp32 [splits, M, outputs], for `finish_split`. BLOCKS: t and u are those of `blocks_addend`, rank = r̂."""
+    fp32 [splits, M, outputs], for `finish_split`. BLOCKS: t and u are those of `blocks_addend`, rank = r̂.
+    MASK: "" or "addend"."""
     # halves or words of a step, along W's rows
     W: tl.constexpr = BLOCK_O // 4 if TRANSPOSED else BLOCK_C // 8
     GROUPS: tl.constexpr = BLOCK_O // SCALE_COLUMNS
@@ -214,6 +232,9 @@ def matmul_4bit(
                 stride_tr, stride_ub, stride_uo, stride_ur,
                 BLOCKS, TRANSPOSED, ALIGNED, False, COMPUTE, BLOCK_R, PRECISION,
             )  # fmt: skip
+            if MASK == "addend":
+                keep = kept(row[None, :], at[:, None], outputs, mask_key(seed), threshold, WIDE)
+                acc = tl.where(keep, acc, 0.0)
 
     if WORDS:
         if TRANSPOSED:
@@ -283,19 +304,23 @@ def matmul_4bit(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["M", "inner", "rank", "P", "length", "steps_per_split", "blocks", "t_columns"])
+@triton.jit(do_not_specialize=[*DYNAMIC, "inner"])
 def matmul_dense(
-    out, x, weight, t, u, bias, values,
+    out, x, weight, t, u, bias, values, seed,
     M, outputs, inner, rank, P, length,
     stride_out_m, stride_out_o, stride_xm, stride_xc, stride_wo, stride_wc, stride_tm, stride_tr, stride_uo,
     stride_ur, stride_bias, stride_values, steps_per_split, alpha, blocks, t_columns, stride_ub, scaling,
+    threshold,
     SPLIT: tl.constexpr, GROUPED: tl.constexpr, COMPUTE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_O: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
     GROUP: tl.constexpr, PARTS: tl.constexpr, EVEN_M: tl.constexpr, EVEN_C: tl.constexpr,
-    BLOCKS: tl.constexpr, ADJOINT: tl.constexpr, ALIGNED: tl.constexpr,
+    BLOCKS: tl.constexpr, ADJOINT: tl.constexpr, ALIGNED: tl.constexpr, MASK: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     """The same for a dense W of any strides and dtype, one side of the product a rank, or for the addend
     alone: memory bound.
+
+    MASK: what is dropped of the operand as it is loaded, "weight" as transposed, or of the addend.
 
     EVEN: 16 divides M, inner. Where they count neighbours in memory, a mask by a number of which that is not
     known would cut the loads to single values.
@@ -313,6 +338,8 @@ def matmul_dense(
     first_step = split * steps_per_split
     last_step = tl.minimum(first_step + steps_per_split, tl.cdiv(inner, BLOCK_C))
     acc = tl.zeros((BLOCK_O, BLOCK_M), tl.float32)
+    if MASK != "":
+        key = mask_key(seed)
     if t is not None:  # noqa: SIM102 (known when compiled; the next is not)
         if split == 0:
             at_m, at_o = tl.minimum(row, M - 1), tl.minimum(column, outputs - 1)
@@ -321,6 +348,8 @@ def matmul_dense(
                 stride_tr, stride_ub, stride_uo, stride_ur,
                 BLOCKS, ADJOINT, ALIGNED, True, COMPUTE, BLOCK_R, PRECISION,
             )  # fmt: skip
+            if MASK == "addend":
+                acc = tl.where(kept(m[None, :], o[:, None], outputs, key, threshold, WIDE), acc, 0.0)
     for step in range(first_step, last_step):
         i = step * BLOCK_C + tl.arange(0, BLOCK_C)
         c, some_c = i.to(tl.int64), i < inner
@@ -334,6 +363,11 @@ def matmul_dense(
             mask=some_c[:, None] & some_m[None, :],
             other=0.0,
         )
+        # not by the loads' masks, which would cut them to single values
+        if MASK == "weight":
+            w = tl.where(kept(i[None, :], o[:, None], outputs, key, threshold, WIDE), w, 0.0)
+        if MASK == "x":
+            x_values = tl.where(kept(m[None, :], i[:, None], inner, key, threshold, WIDE), x_values, 0.0)
         acc = dot(brought_to(w, COMPUTE), x_values, acc, PRECISION)
     if SPLIT:
         m = (tile_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)[:, None]
@@ -411,12 +445,14 @@ def _fixed(
     length: int,
     blocks: int,
     aligned: bool,
+    masked: str,
 ) -> _Fixed:
     """weight: the layout of a dense one; of one in 4 bits quant_type, blocksize, K and whether it is read in
     words."""
     _, (M, outputs), (stride_out_m, stride_out_o) = out
     dtype, (_, inner), (stride_xm, stride_xc) = x
     stride_uo, stride_ur = (0, 0) if u is None else u[2]
+    elements = (inner if masked == "weight" else M) * (inner if masked == "x" else outputs)
     arguments: dict[str, Any] = {
         "M": M,
         "inner": inner,
@@ -428,6 +464,8 @@ def _fixed(
         "blocks": blocks,
         "t_columns": 0 if t is None else t[1][1],
         "BLOCKS": blocks > 0,
+        "MASK": masked,
+        "WIDE": masked != "" and elements > SHORT_INDICES,
         "ALIGNED": aligned,
         # of MoRA's blocks, unless one serves all; the adjoint reads its columns as rows
         "stride_ub": u[1][0] * u[2][1] if blocks and u is not None and u[1][1] > u[1][0] else 0,
@@ -505,11 +543,15 @@ def plan(
     bias: Tensor | None,
     spread: Spread | None,
     middle: tuple[int, float] = (0, 1.0),
+    mask: Mask | None = None,
 ) -> list[Launch]:
     """The launches that compute `out`; none where it is empty. A split sum allocates its parts, fp32.
 
     middle: so many blocks of r̂ are the middle of MoRA, and its scaling. t is then x or, transposed, dY, and u
     the matrix turned back for each block, [r̂, blocks · r̂], or the matrix.
+
+    mask: 0 in place of what dropout drops, by its row-major index: of x [M, inner], of a dense transposed W
+    [inner, outputs], or of the addend t uᵀ [M, outputs]; of a W in 4 bits, of the addend alone.
     """
     M, outputs = out.shape
     launches: list[Launch] = []
@@ -518,8 +560,10 @@ def plan(
     if t is None or u is None or t.shape[1] == 0:
         t = u = None
     values, grouped, length = (None, False, 0) if spread is None else spread
+    where, threshold, seed = NO_MASK if mask is None or mask[1] >= 1 << 32 else mask
     full = x.dtype == torch.float32
-    tensors: dict[str, Any] = {"x": x, "t": t, "u": u}
+    threshold -= threshold >> 31 << 32  # as int32, or it were another kernel from 2^31 on
+    tensors: dict[str, Any] = {"x": x, "t": t, "u": u, "seed": seed, "threshold": threshold}
     key: Any
     blocks, scaling = middle
     aligned = t is not None and u is not None and _aligned(t.shape[1], blocks, u.shape[0], transposed)
@@ -535,8 +579,9 @@ def plan(
             absmax = scales
         words = words_problem(x, weight, transposed) is None
         if words:
-            # what sums its source in registers leaves none for a tile of more rows
+            # what sums its source in registers leaves none for a tile of more rows, nor do wide indices
             narrow = blocks > 0 and transposed and not aligned
+            narrow |= where == "addend" and M * outputs > SHORT_INDICES
             tile = words_tile(min(M, 64) if narrow else M, outputs, blocksize, transposed, machine)
             packed = packed.view(torch.int16 if transposed else torch.int32)
         else:
@@ -547,7 +592,7 @@ def plan(
         tile = tile._replace(warps=2 * tile.warps)  # or it spills
     kernel, grid, arguments, parts, finish = _fixed(
         machine, tile, precision() if full else "ieee", layout(out), layout(x), key, transposed, layout(t),
-        layout(u), layout(bias), layout(values), grouped, length, blocks, aligned,
+        layout(u), layout(bias), layout(values), grouped, length, blocks, aligned, where,
     )  # fmt: skip
     tensors["scaling"] = float(scaling)
     end: dict[str, Any] = {"out": out, "bias": bias, "values": values, "alpha": float(alpha)}
