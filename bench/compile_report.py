@@ -90,7 +90,6 @@ def cases(capability: int, everything: bool) -> Iterator[Case]:
         choices,
         compress,
         dequantize,
-        dropout,
         matmul,
         mora_grad,
         output_grads,
@@ -101,6 +100,7 @@ def cases(capability: int, everything: bool) -> Iterator[Case]:
     machine = Machine(capability, PROCESSORS[capability])
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     N = K = 4096
+    seed = _empty(dtype=torch.int64)
     seen: set[Any] = set()
 
     def product(
@@ -115,13 +115,15 @@ def cases(capability: int, everything: bool) -> Iterator[Case]:
         bias: bool = True,
         spread: Any = None,
         odd: int = 0,
+        dropout: bool = False,
     ) -> Iterator[Case]:
         weight = _weight(N, K + odd, quant_type, blocksize, nested)
         inner, outputs = (N, K + odd) if transposed else (K + odd, N)
         t, u = (_empty(M, rank, dtype=dtype), _empty(outputs, rank, dtype=fp32)) if rank else (None, None)
         b = _empty(outputs, dtype=fp32) if bias else None
         out, x = _empty(M, outputs, dtype=dtype), _empty(M, inner, dtype=dtype)
-        launches = matmul.plan(machine, out, x, weight, transposed, 1.0, t, u, b, spread)
+        mask = ("addend", 1 << 31, seed) if dropout else None
+        launches = matmul.plan(machine, out, x, weight, transposed, 1.0, t, u, b, spread, mask=mask)
         main = next(launch for launch in launches if launch.kernel is matmul.matmul_4bit)
         a = main.arguments
         tile = f"{a['BLOCK_O']}x{a['BLOCK_M']}x{a['BLOCK_C']} {main.warps} warps {main.stages} stages"
@@ -154,6 +156,15 @@ def cases(capability: int, everything: bool) -> Iterator[Case]:
             values = _empty(M, 256, dtype=fp32)
             yield from product(M, transposed, "bf16 cyclic", rank=0, bias=False, spread=(values, False, N))
             yield from product(M, transposed, "bf16 grouped", rank=0, bias=False, spread=(values, True, 0))
+        if transposed:
+            for M in sizes:
+                yield from product(M, True, "bf16 lora dropout", bias=False, dropout=True)
+            for dtype, odd, name in ((fp16, 0, "fp16"), (bf16, 2, "bf16 bytes"), (fp32, 0, "fp32")):
+                name = f"{name} lora dropout"
+                yield from product(512, True, name, dtype, odd=odd, bias=False, dropout=True)
+            # more than 2^32 elements
+            name = "bf16 lora dropout, 64-bit index"
+            yield from product(1 << 21, True, name, bias=False, dropout=True)
         yield from product(256, transposed, "bf16 bytes", odd=2)
         yield from product(256, transposed, "fp32", dtype=fp32)
 
@@ -183,8 +194,11 @@ def cases(capability: int, everything: bool) -> Iterator[Case]:
             yield from several(512, transposed, size, False, bf16)
         yield from several(512, transposed, 256, False, fp32)
 
-    def thin(x: Tensor, w: Tensor, transposed: bool, out: Tensor, name: str) -> Iterator[Case]:
-        main = matmul.plan(machine, out, x, w, transposed, 1.0, None, None, None, None)[0]
+    def thin(
+        x: Tensor, w: Tensor, transposed: bool, out: Tensor, name: str, masked: str = ""
+    ) -> Iterator[Case]:
+        mask = (masked, 1 << 31, seed) if masked else None
+        main = matmul.plan(machine, out, x, w, transposed, 1.0, None, None, None, None, mask=mask)[0]
         a = main.arguments
         tile = f"{a['BLOCK_O']}x{a['BLOCK_M']}x{a['BLOCK_C']} {main.warps} warps {main.stages} stages"
         how = ", split" if a["SPLIT"] else ""
@@ -200,8 +214,14 @@ def cases(capability: int, everything: bool) -> Iterator[Case]:
                 name = f"{rank} {adapter}".replace("torch.", "")
                 yield from thin(x, _empty(rank, K, dtype=adapter), False, G, f"x Aᵀ rank {name}")
                 yield from thin(G.t(), x, True, _empty(rank, K, dtype=adapter), f"Gᵀ x rank {name}")
+        for M, how in ((512, ""), (16384, ""), (1 << 21, " 64-bit index")):
+            x, G, A = _empty(M, K, dtype=bf16), _empty(M, rank, dtype=bf16), _empty(rank, K, dtype=fp32)
+            yield from thin(x, A, False, G, f"dropout(x) Aᵀ rank {rank}{how}", "x")
+            yield from thin(G.t(), x, True, A, f"Gᵀ dropout(x) rank {rank}{how}", "weight")
     x, A = _empty(512, K, dtype=fp32), _empty(16, K, dtype=fp32)
     yield from thin(x, A, False, _empty(512, 16, dtype=fp32), "x Aᵀ rank 16 fp32")
+    yield from thin(x, A, False, _empty(512, 16, dtype=fp32), "dropout(x) Aᵀ rank 16 fp32", "x")
+    yield from thin(_empty(16, 512, dtype=fp32), x, True, A, "Gᵀ dropout(x) rank 16 fp32", "weight")
 
     def gradients(
         M: int, rank: int, asked: str, adapter: torch.dtype, dtype: torch.dtype = bf16, odd: int = 0
@@ -267,6 +287,15 @@ def cases(capability: int, everything: bool) -> Iterator[Case]:
     spread = (_empty(512, 256, dtype=fp32), False, N)
     addend = matmul.plan(machine, out, none, empty, False, 1.0, None, None, None, spread)
     yield Case("matmul_dense", "addend alone: cyclic", addend[:1], False)
+    for dtype in (bf16, fp16, fp32):
+        out, none, empty = (
+            _empty(8192, K, dtype=dtype),
+            _empty(8192, 0, dtype=dtype),
+            _empty(0, K, dtype=dtype),
+        )
+        G, A, mask = _empty(8192, 16, dtype=dtype), _empty(16, K, dtype=fp32), ("addend", 1 << 31, seed)
+        addend = matmul.plan(machine, out, none, empty, True, 1.0, G, A.t(), None, None, mask=mask)
+        yield Case("matmul_dense", f"addend alone: dropout(G A) {dtype}".replace("torch.", ""), addend, False)
 
     for dtype in (bf16, fp32):
         for nested in (False, True):
@@ -282,8 +311,6 @@ def cases(capability: int, everything: bool) -> Iterator[Case]:
     yield Case("compress", "grouped", compress.plan(z, x, True, 0, None, False), False)
     rotated = compress.plan(_empty(512, K, dtype=bf16), x, False, K, _empty(16, 2, 128, dtype=fp32), False)
     yield Case("compress", "rotated", rotated, False)
-    masked = dropout.plan(x, x, 1 << 31, _empty(dtype=torch.int64))
-    yield Case("dropout", "", masked, False)
 
 
 def _source(launch: Any) -> Any:
