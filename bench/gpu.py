@@ -138,8 +138,8 @@ def candidates(op: str, weights: Weights, M: int, device: torch.device) -> list[
 
         def product(i: int) -> Tensor:
             out = dy.new_empty(M, K)
-            row = peftkern.dispatch.find("matmul", device, bf16)
-            row(out, dy, quantized[i % n].kernel_args, True)
+            row, nothing = peftkern.dispatch.find("linear_grad", device, bf16), (None, None, None)
+            row(out, *nothing, dy, None, quantized[i % n].kernel_args, *nothing, 1.0, None)
             return out
 
         # the primitive that backward runs: through autograd the forward product would be timed too

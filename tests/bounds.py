@@ -59,6 +59,10 @@ class Approx:
     def t(self) -> Approx:
         return Approx(self.value.t(), self.error.t(), self.typical.t())
 
+    def times(self, mask: Tensor | float) -> Approx:
+        """By zeros and ones."""
+        return Approx(self.value * mask, self.error * mask, self.typical * mask)
+
     def plus(self, relative: float, absolute: float = 0.0) -> Approx:
         """One more rounding."""
         size = self.value.abs() + self.error
@@ -151,14 +155,11 @@ def linear(
     X, W = operand(x, compute), operand(weight, compute)
     b = None if bias is None else exact(bias)
     T = G = A = B = None
-    dropped = X
+    keep = 1.0 if mask is None else mask.double()
+    dropped, alpha = X.times(keep), scaling / (1.0 - dropout)  # the mask rounds nothing
     if lora_A is not None and lora_B is not None:
         A, B = operand(lora_A, compute), operand(lora_B, compute)
-        if mask is not None:
-            # x / (1 - p) is rounded to x's dtype, or 1 / (1 - p) goes into alpha
-            keep = mask.double() / (1.0 - dropout)
-            dropped = Approx(X.value * keep, X.error * keep, X.typical * keep).rounded(dtype)
-        T = matmul(dropped, A, dtype, scaling)
+        T = matmul(dropped, A, dtype, alpha)
     y = matmul(X, W, dtype, 1.0, T, B, b)
     if isinstance(weight, Tensor) and (T is not None or b is not None):
         # the addend T Bᵀ + b is rounded to x's dtype before torch's GEMM adds to it
@@ -171,23 +172,18 @@ def linear(
 
     D = operand(grad, compute)
     if A is not None and B is not None and T is not None and lora_A is not None and lora_B is not None:
-        G = matmul(D, B.t(), dtype, scaling)
+        G = matmul(D, B.t(), dtype, alpha)
         found["lora_A"] = matmul(G.t(), dropped.t(), lora_A.dtype)
         found["lora_B"] = matmul(D.t(), T.t(), lora_B.dtype)
-    if mask is None or G is None or A is None:
-        dx = matmul(D, W.t(), dtype, 1.0, G, None if A is None else A.t())
-        if isinstance(weight, Tensor) and G is not None and A is not None:
-            dx = _also(dx, G.value @ A.value, dtype)
+    if G is None or A is None:
+        dx = matmul(D, W.t(), dtype)
+    elif mask is None:
+        dx = matmul(D, W.t(), dtype, 1.0, G, A.t())
     else:
-        # dY W, G A and its masked, scaled copy are each rounded; their sum once more
-        base = matmul(D, W.t(), dtype)
-        masked = matmul(G, A.t(), dtype)
-        masked = Approx(masked.value * keep, masked.error * keep, masked.typical * keep).rounded(dtype)
-        dx = Approx(
-            base.value + masked.value,
-            base.error + masked.error,
-            (base.typical.square() + masked.typical.square()).sqrt(),
-        ).rounded(dtype)
+        # the mask falls between the adapter's sum, in fp32, and the frozen one
+        dx = matmul(D, W.t(), dtype, addend=matmul(G, A.t(), torch.float32).times(keep))
+    if isinstance(weight, Tensor) and G is not None and A is not None:
+        dx = _also(dx, G.value @ A.value * keep, dtype)
     found["x"] = dx
     if bias is not None:
         found["bias"] = column_sums(grad, bias.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import peftkern
 from peftkern import QuantizedWeight, linear_4bit, lora_linear
 from peftkern.nn import LoRALinear
+from peftkern.ops.linear import flat
 
 N, K, R = 40, 96, 8
 
@@ -199,18 +201,14 @@ def test_export(kind: str) -> None:
     rows = torch.export.Dim("rows", min=1)
     program = torch.export.export(layer, (torch.randn(6, K),), dynamic_shapes=({0: rows},))
     ops = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
-    assert f"peftkern.matmul_{'dense' if kind == 'dense' else '4bit'}.default" in ops
+    assert "peftkern.linear.default" in ops
     for M in (2, 6, 33):
         x = torch.randn(M, K)
         assert torch.equal(program.module()(x), layer(x))
 
 
-def weight_arguments(weight: Tensor | QuantizedWeight) -> tuple[Any, ...]:
-    assert isinstance(weight, QuantizedWeight)
-    nested = weight.nested
-    parts = (None, None, None) if nested is None else (nested.absmax, nested.code, nested.offset)
-    sizes = (weight.quant_type, weight.blocksize, 0 if nested is None else nested.blocksize, N, K)
-    return (weight.packed, weight.absmax, *parts, *sizes)
+def weight_arguments(weight: Tensor | QuantizedWeight | None) -> tuple[Any, ...]:
+    return flat(weight.kernel_args if isinstance(weight, QuantizedWeight) else weight)
 
 
 def layouts(rows: int, columns: int) -> list[Tensor]:
@@ -229,20 +227,23 @@ def test_opcheck(layout: int) -> None:
     x, grad, t = layouts(6, K)[layout], layouts(6, N)[layout], layouts(6, R)[layout]
     B, A = layouts(N, R)[layout], layouts(R, K)[layout]
     bias = torch.randn(2 * N)[::2]
+    weights = []
     for kind in ("plain", "nested"):
         weight = weight_arguments(weight_of(kind))
-        torch.library.opcheck(ops.matmul_4bit, (x, *weight, False, t, B, bias))
-        torch.library.opcheck(ops.matmul_4bit, (grad, *weight, True, None, None, None))
-        torch.library.opcheck(ops.dequantize_4bit, (*weight, torch.bfloat16))
-    dense = layouts(N, K)[layout]
-    torch.library.opcheck(ops.matmul_dense, (x, dense, False, t, B, bias))
-    torch.library.opcheck(ops.matmul_dense, (grad, dense, True, t, A.t(), None))
-    torch.library.opcheck(ops.matmul_thin, (x, A, False, 0.5, torch.bfloat16))
-    torch.library.opcheck(ops.matmul_thin, (t.t(), x, True, 1.0, torch.float32))
-    for asked in ((B, t), (B, None), (None, t), (None, None)):
-        for dtype in (torch.float16, None):
-            torch.library.opcheck(ops.output_grads, (grad, *asked, 0.5, torch.bfloat16, dtype))
-    torch.library.opcheck(ops.dropout, (x, 0.5, torch.tensor(3)))
+        torch.library.opcheck(ops.dequantize_4bit, (*weight[1:], torch.bfloat16))
+        weights.append(weight)
+    dense, seed, dtypes = layouts(N, K)[layout], torch.tensor(3), (torch.float16, None)
+    weights.append(weight_arguments(dense))
+    for weight in weights:
+        for adapter, p, s in (((A, B), 0.0, None), ((A, B), 0.5, seed), ((None, None), 0.0, None)):
+            torch.library.opcheck(ops.linear, (x, *adapter, bias, *weight, 0.5, p, s))
+            torch.library.opcheck(ops.linear, (x, *adapter, None, *weight, 0.5, p, s))
+    for weight in (*weights, weight_arguments(None)):
+        for source, T, dtype in itertools.product((x, None), (t, None), dtypes):
+            asked = (source, A, B, T, torch.bfloat16, torch.float32, dtype)
+            torch.library.opcheck(ops.linear_backward, (grad, *asked, *weight, 0.5, 0.0, None))
+        asked = (x, A, B, t, torch.bfloat16, torch.float32, torch.float16)
+        torch.library.opcheck(ops.linear_backward, (grad, *asked, *weight, 0.5, 0.5, seed))
     torch.library.opcheck(ops.quantize_4bit, (dense, "nf4", 64))
 
 
@@ -367,11 +368,12 @@ def test_mixed_second_derivatives_raise(first: int, second: int) -> None:
 def test_library_ops_have_no_silent_derivative() -> None:
     """Called bare, a library op raises in backward and under forward mode; it never gives zero."""
     x, A = torch.randn(6, K, requires_grad=True), torch.randn(R, K)
-    op = torch.ops.peftkern.matmul_thin
-    y = op(x, A, False, 1.0, torch.float32)
+    op = torch.ops.peftkern.linear
+    rest = (None, None, None, *weight_arguments(A), 1.0, 0.0, None)
+    y, _ = op(x, *rest)
     assert y.requires_grad
     with pytest.raises(RuntimeError, match="no derivative of its own"):
         y.sum().backward()
     x = x.detach()
     with forward_ad.dual_level(), pytest.raises(RuntimeError, match="no derivative of its own"):
-        op(forward_ad.make_dual(x, torch.ones_like(x)), A, False, 1.0, torch.float32)
+        op(forward_ad.make_dual(x, torch.ones_like(x)), *rest)

@@ -32,17 +32,17 @@ def arguments() -> dict[str, object]:
 
 @needs_ext
 def test_the_compiled_kernels_come_first() -> None:
-    assert dispatch.find("matmul", CPU, torch.bfloat16) is cpu.matmul
+    assert dispatch.find("linear", CPU, torch.bfloat16) is cpu.linear
     assert dispatch.forced_backend() is None
 
 
 def test_use_backend_forces_nests_and_restores() -> None:
-    automatic = dispatch.find("matmul", CPU, torch.float32)
+    automatic = dispatch.find("linear", CPU, torch.float32)
     with use_backend("reference"):
         assert dispatch.forced_backend() == "reference"
-        assert dispatch.find("matmul", CPU, torch.float32) is reference.matmul
+        assert dispatch.find("linear", CPU, torch.float32) is reference.BACKEND.rows["linear"]
         with use_backend(None):
-            assert dispatch.find("matmul", CPU, torch.float32) is automatic
+            assert dispatch.find("linear", CPU, torch.float32) is automatic
         assert dispatch.forced_backend() == "reference"
     assert dispatch.forced_backend() is None
     with pytest.raises(KeyError), use_backend("reference"):
@@ -84,9 +84,9 @@ def test_unknown_backend(name: object) -> None:
 @needs_ext
 def test_forced_backend_that_cannot_raises_with_every_reason() -> None:
     with use_backend("cpu"), pytest.raises(RuntimeError) as caught:
-        dispatch.find("matmul", torch.device("meta"), torch.float32)
+        dispatch.find("linear", torch.device("meta"), torch.float32)
     text = str(caught.value)
-    assert "the forced backend 'cpu' cannot run matmul float32 on meta" in text
+    assert "the forced backend 'cpu' cannot run linear float32 on meta" in text
     assert "cpu: it runs tensors on cpu, these are on meta" in text
     assert "reference: 'cpu' is forced" in text
 
@@ -94,9 +94,9 @@ def test_forced_backend_that_cannot_raises_with_every_reason() -> None:
 def test_nobody_can() -> None:
     with pytest.raises(
         RuntimeError,
-        match=r"no backend can run matmul int8 on cpu:\n  cpu: .*\n  triton: .*\n  reference: it takes",
+        match=r"no backend can run linear int8 on cpu:\n  cpu: .*\n  triton: .*\n  reference: it takes",
     ):
-        dispatch.find("matmul", CPU, torch.int8)
+        dispatch.find("linear", CPU, torch.int8)
     with pytest.raises(RuntimeError, match="reference: it has no transpose"):
         dispatch.find("transpose", CPU, torch.float32)
 
@@ -104,7 +104,7 @@ def test_nobody_can() -> None:
 def test_explain_tells_what_would_run() -> None:
     for op in ("lora_linear", lora_linear):
         told = explain(op, **arguments(), dropout=0.5)
-        assert [choice.call.primitive for choice in told.choices] == ["matmul", "dropout"]
+        assert [choice.call.primitive for choice in told.choices] == ["linear"]
     told = explain("lora_linear", **arguments())
     for choice in told.choices:
         assert choice.backend == ("cpu" if cpu.missing() is None else "reference")
@@ -126,7 +126,7 @@ def test_explain_tells_what_would_run() -> None:
 def test_explain_names_the_kernel(level: str) -> None:
     with cpu.use_isa(level):
         told = explain("lora_linear", **arguments())
-        assert told.choices[0].detail == cpu._cpu.kernel("matmul", torch.float32)
+        assert told.choices[0].detail.startswith(cpu._cpu.kernel("matmul", torch.float32) + ";")
 
 
 def test_explain_knows_every_op() -> None:
@@ -136,8 +136,8 @@ def test_explain_knows_every_op() -> None:
     for told, primitives in [
         (explain("quantize_4bit", W), ["quantize"]),
         (explain("dequantize_4bit", weight), ["dequantize"]),
-        (explain("linear_4bit", x, weight), ["matmul"]),
-        (explain("lora_linear", x, W, torch.randn(4, 64), torch.randn(8, 4)), ["matmul_dense", "matmul"]),
+        (explain("linear_4bit", x, weight), ["linear"]),
+        (explain("lora_linear", x, W, torch.randn(4, 64), torch.randn(8, 4)), ["linear"]),
         (explain("mora", x, M, 8, 6), ["mora"]),
         (explain("mora", x, M, 8), ["mora"]),
         (explain("mora_linear", x, weight, M, "rotation"), ["mora"]),
@@ -194,7 +194,9 @@ def test_explain_says_what_running_says(monkeypatch: pytest.MonkeyPatch) -> None
         return f"it is no friend of {call.dtype}"
 
     linear = list(arguments().values())[:2]
-    picky = Backend("picky", {"matmul": reference.matmul}, refuses, lambda call: "", lambda: None)
+    picky = Backend(
+        "picky", {"linear": reference.BACKEND.rows["linear"]}, refuses, lambda call: "", lambda: None
+    )
     monkeypatch.setattr(dispatch, "BACKENDS", (picky,))
     monkeypatch.setattr(dispatch, "_found", {})
     told = explain("linear_4bit", *linear)
@@ -202,19 +204,19 @@ def test_explain_says_what_running_says(monkeypatch: pytest.MonkeyPatch) -> None
     assert told.choices[0].others == {"picky": "it is no friend of torch.float32"}
     assert "nobody can" in str(told)
     with pytest.raises(RuntimeError, match=r"picky: it is no friend of torch.float32"):
-        dispatch.find("matmul", CPU, torch.float32)
+        dispatch.find("linear", CPU, torch.float32)
 
 
 def test_missing_extension_warns_once_and_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "_missing", "the extension peftkern._cpu is not available (test)")
     monkeypatch.setattr(dispatch, "_found", {})
     monkeypatch.setattr(dispatch, "_warned", set())
-    call = Call("matmul", CPU, torch.float32)
+    call = Call("linear", CPU, torch.float32)
     assert unavailable(cpu.BACKEND, call) == cpu.missing()
     with pytest.warns(
         RuntimeWarning, match=r"slow reference backend: the extension peftkern\._cpu is not available"
     ):
-        assert dispatch.find(*call) is reference.matmul
+        assert dispatch.find(*call) is reference.BACKEND.rows["linear"]
     with use_backend("cpu"), pytest.raises(RuntimeError, match=r"cpu: the extension"):
         dispatch.find(*call)
     monkeypatch.setattr(dispatch, "_found", {})

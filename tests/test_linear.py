@@ -213,7 +213,9 @@ def test_half_of_a_gigabyte_of_bytes() -> None:
     grad = torch.zeros(2, N, dtype=torch.bfloat16)
     grad[:, -2:] = torch.randn(2, 2).bfloat16()
     dx = torch.empty(2, K, dtype=torch.bfloat16)
-    find("matmul", x.device, x.dtype)(dx, grad, weight.kernel_args, True, 1.0, None, None, None)
+    nothing = (None, None, None)
+    row = find("linear_grad", x.device, x.dtype)
+    row(dx, *nothing, grad, None, weight.kernel_args, *nothing, 1.0, None)
     bounds.check("x", dx, bounds.linear(x, tail, grad=grad[:, -2:])["x"])
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
+from typing import Any
 
 import bounds
 import pytest
@@ -119,47 +120,80 @@ def test_each_gradient_alone(wanted: str, dense: bool, backend: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("adapter", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize(
     ("M", "N", "R"), [(1, 1, 1), (70, 300, 16), (33, 130, 20), (65, 70, 64), (5, 40, 70)]
 )
-def test_output_grads(M: int, N: int, R: int, adapter: torch.dtype, dtype: torch.dtype, backend: str) -> None:
-    """G, dB, dbias, any strides, within their bounds; each alone has the bits that it has with the others."""
-    device = torch.empty(0).device
-    dY, B = torch.randn(N, M).to(dtype).t(), torch.randn(2 * N, R + 3).to(adapter)[::2, 3:]
-    T = torch.randn(M, 2 * R).to(dtype)[:, ::2]
+def test_gradients_row(
+    M: int, N: int, R: int, dropout: float, adapter: torch.dtype, dtype: torch.dtype, backend: str
+) -> None:
+    """The row linear_grad: any strides, into any strides, within the bounds; each alone has the bits that it
+    has with the others, given only what it needs."""
+    K, device = 64, torch.empty(0).device
+    x, dY = torch.randn(M, 2 * K).to(dtype)[:, ::2], torch.randn(N, M).to(dtype).t()
+    A, B = torch.randn(K, R).to(adapter).t(), torch.randn(2 * N, R + 3).to(adapter)[::2, 3:]
+    T = torch.randn(M, R).to(dtype)
+    weight = quantized(N, K)
+    seed = torch.tensor(5)
+    mask = reference.dropout_mask(seed, (M, K), dropout) if dropout else None
+    expected = bounds.linear(x, weight, torch.zeros(N), dY, A, B, 0.75, dropout, mask)
     compute = bounds.compute_dtype(dtype)
-    D = bounds.operand(dY, compute)
-    expected = (
-        bounds.matmul(D, bounds.operand(B, compute).t(), dtype, 0.75),
-        bounds.matmul(D.t(), bounds.operand(T, compute).t(), adapter),
-        bounds.column_sums(dY, adapter),
-    )
-    first: list[Tensor | None] = [None, None, None]
-    for asked in range(7, 0, -1):
+    given = bounds.operand(dY, compute), bounds.operand(T, compute)
+    expected["lora_B"] = bounds.matmul(given[0].t(), given[1].t(), adapter)
+    expected["bias"] = bounds.column_sums(dY, adapter)
+    row = dispatch.find("linear_grad", device, dtype)
+    first: list[Tensor | None] = [None] * 4
+    for asked in (15, 1, 2, 4, 8, 3, 12, 7):
         outs: list[Tensor | None] = [
-            torch.full((R, M), torch.nan, dtype=dtype).t(),
+            torch.full((K, M), torch.nan, dtype=dtype).t(),
+            torch.full((K, R), torch.nan, dtype=adapter).t(),
             torch.full((N, 2 * R), torch.nan, dtype=adapter)[:, ::2],
             torch.full((2 * N,), torch.nan, dtype=adapter)[::2],
         ]
         outs = [out if asked >> i & 1 else None for i, out in enumerate(outs)]
-        row = dispatch.find("output_grads", device, dtype)
-        row(*outs, dY, None if outs[0] is None else B, None if outs[1] is None else T, 0.75)
-        for i, (name, out) in enumerate(zip(("G", "dB", "dbias"), outs, strict=True)):
+        dx, dA, dB, _ = outs
+        row(
+            *outs,
+            dY,
+            None if dA is None else x,
+            None if dx is None else weight.kernel_args,
+            None if dx is None else A,
+            None if dx is None and dA is None else B,
+            None if dB is None else T,
+            0.75 / (1.0 - dropout),
+            (dropout, seed) if dropout else None,
+        )
+        for i, (name, out) in enumerate(zip(("x", "lora_A", "lora_B", "bias"), outs, strict=True)):
             if out is not None and first[i] is None:
                 first[i] = out
-                bounds.check(name, out, expected[i])
+                bounds.check(name, out, expected[name])
             elif out is not None:
-                assert torch.equal(out, first[i]), f"{name} of {asked:03b}"
+                assert torch.equal(out, first[i]), f"{name} of {asked:04b}"
 
 
-def test_output_grads_of_nothing(backend: str) -> None:
-    """No rows: zeros. No outputs: G is zero. No rank: dbias alone has numbers."""
-    row = dispatch.find("output_grads", torch.empty(0).device, torch.float32)
-    for M, N, R in ((0, 5, 3), (4, 0, 3), (4, 5, 0), (0, 0, 0)):
-        G, dB, dbias = (torch.full(shape, torch.nan) for shape in ((M, R), (N, R), (N,)))
-        dY = torch.ones(M, N)
-        row(G, dB, dbias, dY, torch.ones(N, R), torch.ones(M, R), 1.0)
-        assert torch.equal(G, torch.full((M, R), float(N)))
+@pytest.mark.parametrize("dropout", [None, 0.5])
+@pytest.mark.parametrize("dense", [False, True])
+def test_rows_of_nothing(dense: bool, dropout: float | None, backend: str) -> None:
+    """No rows, outputs, inputs or rank: zeros where a sum is of nothing, and no number left unwritten."""
+    device, seed = torch.empty(0).device, torch.tensor(5)
+    masked = None if dropout is None else (dropout, seed)
+    for M, N, K, R in ((0, 5, 64, 3), (4, 0, 64, 3), (4, 5, 0, 3), (4, 5, 64, 0), (0, 0, 0, 0)):
+        W = torch.ones(N, K)
+        weight: Any = W if dense else peftkern.quantize_4bit(W).kernel_args
+        x, A, B, dY = torch.ones(M, K), torch.ones(R, K), torch.ones(N, R), torch.ones(M, N)
+        y, T = (torch.full(shape, torch.nan) for shape in ((M, N), (M, R)))
+        dispatch.find("linear", device, torch.float32)(y, T, x, weight, A, B, 1.0, masked, torch.ones(N))
+        if masked is None:
+            assert torch.equal(T, torch.full((M, R), float(K)))
+            assert torch.equal(y, torch.full((M, N), 1.0 + K + K * R))
+        shapes = (M, K), (R, K), (N, R), (N,)
+        dx, dA, dB, dbias = outs = [torch.full(shape, torch.nan) for shape in shapes]
+        row = dispatch.find("linear_grad", device, torch.float32)
+        row(*outs, dY, x, weight, A, B, torch.ones(M, R), 1.0, masked)
+        if masked is None:
+            assert torch.equal(dx, torch.full((M, K), float(N + N * R)))
+            assert torch.equal(dA, torch.full((R, K), float(M * N)))
+        assert not any(bool(out.isnan().any()) for out in (y, T, *outs))
         assert torch.equal(dB, torch.full((N, R), float(M)))
         assert torch.equal(dbias, torch.full((N,), float(M)))
 

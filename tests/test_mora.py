@@ -303,8 +303,8 @@ BASES = pytest.mark.parametrize("kind", ["plain", "nested", "dense", "none"])
 def each_way(backend: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """More than 8 rows go through the base in blocks, and each of these through what is composed in parts, as
     1000 of a layer do. On the CPU then all through the composition, where that takes large matrices."""
-    whole = composed._split
-    monkeypatch.setattr(composed, "_split", lambda rows, most: whole(rows, min(most, 8 if rows > 8 else 3)))
+    whole = composed.split
+    monkeypatch.setattr(composed, "split", lambda rows, most: whole(rows, min(most, 8 if rows > 8 else 3)))
     yield
     if backend.startswith("cpu"):
         monkeypatch.setattr(cpu, "_in_one_pass", lambda rows, size: False)

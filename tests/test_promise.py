@@ -56,7 +56,7 @@ def test_0_the_lines_of_use_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert names["y"].shape == (8, 4096)
     assert names["layer"].lora_A.grad.shape == (16, 4096)
     assert names["packed"].shape == (4096 * 4096 // 2, 1)
-    assert capsys.readouterr().out.startswith("lora_linear\n  matmul bfloat16 on cpu: ")
+    assert capsys.readouterr().out.startswith("lora_linear\n  linear bfloat16 on cpu: ")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -2,22 +2,28 @@
 
 A primitive writes into `out`, which the caller allocated; it allocates nothing that outlives the call.
 
-    matmul(out, x, weight, transposed, alpha, t, u, bias, spread)
+    matmul(out, x, weight, transposed, alpha, t, u, bias, spread, mask)
         out[m, o] = alpha * (sum_c x[m, c] w(o, c) + sum_r t[m, r] u[o, r]) + bias[o] + s(m, o)
         plain:       w(o, c) = W[o, c], W is [outputs, inner]
         transposed:  w(o, c) = W[c, o], W is [inner, outputs]
-        weight is a Weight4 or a dense matrix; t, u, bias and spread may be None; matrices are 2-D with any
-        strides. inner = 0 (x [M, 0], weight [outputs, 0]) leaves the addends.
+        weight is a Weight4 or a dense matrix; t, u, bias, spread and mask may be None; matrices are 2-D with
+        any strides. inner = 0 (x [M, 0], weight [outputs, 0]) leaves the addends.
         spread = (v, grouped, length), v fp32 [M, P], P >= 1, with a column stride of 1:
         grouped:     s(m, o) = v[m, g(o)], the outputs cut into P contiguous groups, the first outputs mod P
                      of them one longer than the others
         cyclic:      s(m, o) = sum of v[m, p mod P] over those p < length with p mod outputs = o
-    matmul_dense(out, x, weight, transposed, t, u, bias, spread)
-        the same with alpha = 1, for a big dense W of x's dtype, where a vendor's GEMM is the best kernel
-    output_grads(G, dB, dbias, dY, B, T, alpha)
-        a low-rank adapter's gradients on the side of its outputs, and the bias's; dY [M, N], B [N, R] and
-        T [M, R] have any strides. What is not asked for is None, and so is B without G, T without dB:
-        G = alpha dY B [M, R] of dY's dtype        dB = dYᵀ T [N, R]        dbias = sum_m dY[m] [N]
+        mask = (where, p, seed) puts 0 for what dropout drops, by its row-major index, where it is
+        "x":         of x; then no t, bias, spread
+        "weight":    of a dense W, transposed; then no t, bias, spread
+        "addend":    of sum_r t[m, r] u[o, r], [M, outputs]; then t and u, alpha = 1, no spread
+    linear(out, T, x, weight, A, B, scaling, dropout, bias)
+        the frozen layer and, unless T, A and B are None, its low-rank adapter; A [R, K] and B [N, R]:
+        T = scaling * dropout(x) Aᵀ [M, R] of x's dtype, contiguous      out = x Wᵀ + T Bᵀ + bias [M, N]
+        weight as in matmul, a dense one of x's dtype; dropout None or (p, seed)
+    linear_grad(dx, dA, dB, dbias, dY, x, weight, A, B, T, scaling, dropout)
+        what is not asked for is None, and so may be what only that needs; with G = scaling * dY B [M, R]:
+        dx = dY W + dropout(G A)    dA = Gᵀ dropout(x)    dB = dYᵀ T    dbias = sum_m dY[m]
+        each alone has the bits that it has beside the others
     compress(out, x, grouped, length, rotation, inverse)
         out [M, P] fp32, bf16 or fp16 with a column stride of 1; x [M, I], any strides; the adjoint of spread:
         grouped:     out[m, q] = sum of x[m, i] over g(i) = q, I columns in P groups (0 for an empty one)
@@ -42,7 +48,8 @@ A primitive writes into `out`, which the caller allocated; it allocates nothing 
     dequantize(out, weight)              out: contiguous [N, K] fp32, bf16 or fp16; weight: Weight4
     quantize(weight, packed, absmax, quant_type, blocksize)
         packed uint8 [ceil(N K / 2)] and absmax fp32 [ceil(N K / blocksize)] from a contiguous weight
-    dropout(out, x, p, seed)             out = x where kept, else 0 (unscaled); seed: int64 scalar tensor
+
+Dropout drops by a hash of (seed, index), seed an int64 scalar tensor, and does not scale what it keeps.
 """
 
 from __future__ import annotations
@@ -60,6 +67,10 @@ Nested4 = tuple[Tensor, Tensor, Tensor, int]
 Weight4 = tuple[Tensor, Tensor, Nested4 | None, str, int, int, int]
 # values, grouped, length
 Spread = tuple[Tensor, bool, int]
+# where, p, seed
+Mask = tuple[str, float, Tensor]
+# p, seed
+Dropout = tuple[float, Tensor]
 # grouped, length: how one end of MoRA is walked, as in compress and spread
 Walk = tuple[bool, int]
 
@@ -71,60 +82,12 @@ class Call(NamedTuple):
 
     primitive: str
     device: torch.device
-    # of x for matmul, compress, mora and dropout, of dY for the gradients, of out for dequantize, of weight
+    # of x for matmul, linear, compress and mora, of dY for the gradients, of out for dequantize, of weight
     # for quantize
     dtype: torch.dtype
 
     def __str__(self) -> str:
         return f"{self.primitive} {str(self.dtype).removeprefix('torch.')} on {self.device}"
-
-
-def gemm_onto(
-    matmul: Primitive,
-    out: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    transposed: bool,
-    t: Tensor | None,
-    u: Tensor | None,
-    bias: Tensor | None,
-    spread: Spread | None = None,
-) -> None:
-    """matmul_dense by torch's GEMM: `matmul`, the backend's own, writes the addends in one thin pass, and the
-    GEMM then adds to them in its own epilogue."""
-    w = weight if transposed else weight.t()
-    if spread is None and (t is None or u is None):
-        if bias is None:
-            torch.mm(x, w, out=out)
-        else:
-            torch.addmm(bias.to(x.dtype), x, w, out=out)
-        return
-    if t is None or u is None:
-        t, u = x[:, :0], w.t()[:, :0]
-    matmul(out, t, u, False, 1.0, None, None, bias, spread)
-    out.addmm_(x, w)
-
-
-def product_by_product(
-    matmul: Primitive,
-    G: Tensor | None,
-    dB: Tensor | None,
-    dbias: Tensor | None,
-    dY: Tensor,
-    B: Tensor | None,
-    T: Tensor | None,
-    alpha: float,
-) -> None:
-    """output_grads by `matmul`, the backend's own: a pass over dY for each."""
-    if dB is not None:
-        assert T is not None
-        matmul(dB.t(), T.t(), dY, True, 1.0, None, None, None, None)  # Tᵀ dY
-    if G is not None:
-        matmul(G, dY, B, True, alpha, None, None, None, None)
-    if dbias is not None:
-        # 1ᵀ dY, summed in fp32: torch's sum would make an fp32 copy of dY first
-        ones = dY.new_ones(1, 1).expand(1, dY.shape[0])
-        matmul(dbias.view(1, -1), ones, dY, True, 1.0, None, None, None, None)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, get_num_threads
 
-from peftkern.backends import Backend, Call, Spread, Walk, Weight4, gemm_onto, product_by_product
+from peftkern.backends import Backend, Call, Dropout, Spread, Walk, Weight4
+from peftkern.backends.dropout import Masked
+from peftkern.backends.linear import ComposedLinear, gemm_onto, product_by_product
 from peftkern.backends.mora import Composed, onto_base
 
 _cpu: Any = None
@@ -37,11 +39,9 @@ def supports(call: Call) -> str | None:
 
 
 def detail(call: Call) -> str:
-    if call.primitive == "matmul_dense":
-        return f"torch's GEMM, the addend by {_cpu.kernel('matmul', call.dtype)}"
-    if call.primitive == "mora":
-        return f"{_cpu.kernel('mora', call.dtype)}; a dense base: torch's GEMM"
-    return str(_cpu.kernel("matmul" if call.primitive == "output_grads" else call.primitive, call.dtype))
+    primitive = "matmul" if call.primitive.startswith("linear") else call.primitive
+    kernel = str(_cpu.kernel(primitive, call.dtype))
+    return f"{kernel}; a dense W: torch's GEMM" if call.primitive in ("linear", "mora") else kernel
 
 
 def matmul(
@@ -56,9 +56,6 @@ def matmul(
     spread: Spread | None = None,
 ) -> None:
     _cpu.matmul(out, x, weight, transposed, alpha, t, u, bias, spread, get_num_threads())
-
-
-matmul_dense = partial(gemm_onto, matmul)
 
 
 def dequantize(out: Tensor, weight: Weight4) -> None:
@@ -84,8 +81,54 @@ def compress(
     _cpu.compress(out, x, grouped, length, rotation, inverse, get_num_threads())
 
 
-# Parts that stay in the threads' L2 caches.
-_COMPOSED = Composed(matmul, compress, scratch=1 << 21)
+# What is made in between: parts that stay in the threads' L2 caches.
+_SCRATCH = 1 << 21
+# Rows for which W is decoded anew: enough to hide it.
+_ROWS = 384
+
+_masked = Masked(matmul, dropout, _SCRATCH, _ROWS).matmul
+_matmul_dense = partial(gemm_onto, _masked)
+_LINEAR = ComposedLinear(_masked, _matmul_dense, partial(product_by_product, matmul))
+
+
+def linear(
+    out: Tensor,
+    T: Tensor | None,
+    x: Tensor,
+    weight: Weight4 | Tensor,
+    A: Tensor | None,
+    B: Tensor | None,
+    scaling: float,
+    dropout: Dropout | None,
+    bias: Tensor | None,
+) -> None:
+    if dropout is None and isinstance(weight, tuple):
+        _cpu.linear(out, T, x, weight, A, B, scaling, bias, get_num_threads())
+    else:
+        _LINEAR.forward(out, T, x, weight, A, B, scaling, dropout, bias)
+
+
+def linear_grad(
+    dx: Tensor | None,
+    dA: Tensor | None,
+    dB: Tensor | None,
+    dbias: Tensor | None,
+    dY: Tensor,
+    x: Tensor | None,
+    weight: Weight4 | Tensor | None,
+    A: Tensor | None,
+    B: Tensor | None,
+    T: Tensor | None,
+    scaling: float,
+    dropout: Dropout | None,
+) -> None:
+    if dropout is None and not isinstance(weight, Tensor):
+        _cpu.linear_grad(dx, dA, dB, dbias, dY, x, weight, A, B, T, scaling, get_num_threads())
+    else:
+        _LINEAR.backward(dx, dA, dB, dbias, dY, x, weight, A, B, T, scaling, dropout)
+
+
+_COMPOSED = Composed(matmul, compress, _SCRATCH)
 
 
 def _in_one_pass(rows: int, size: int) -> bool:
@@ -130,16 +173,13 @@ def _mora_grad(
 BACKEND = Backend(
     name="cpu",
     rows={
-        "matmul": matmul,
-        "matmul_dense": matmul_dense,
-        "output_grads": partial(product_by_product, matmul),
+        "linear": linear,
+        "linear_grad": linear_grad,
+        "compress": compress,
+        "mora": partial(onto_base, _mora, matmul, _matmul_dense, _ROWS),
+        "mora_grad": _mora_grad,
         "dequantize": dequantize,
         "quantize": quantize,
-        "dropout": dropout,
-        "compress": compress,
-        # row blocks large enough to hide that each decodes W anew
-        "mora": partial(onto_base, _mora, matmul, matmul_dense, 384),
-        "mora_grad": _mora_grad,
     },
     supports=supports,
     detail=detail,

@@ -11,15 +11,7 @@ import torch
 from torch import Tensor
 
 from peftkern.backends import Primitive, Walk, Weight4
-
-
-def _split(rows: int, most: int) -> int:
-    """The size of as few equal parts as there can be, one at least."""
-    return -(-rows // -(-rows // max(1, most))) if rows else 1
-
-
-def _cut(tensor: Tensor, start: int, rows: int) -> Tensor:
-    return tensor if tensor.shape[0] == rows else tensor[start : start + rows]
+from peftkern.backends.parts import cut, split
 
 
 def _is_middle(x: Tensor, columns: int) -> bool:
@@ -52,7 +44,7 @@ class Composed(NamedTuple):
         or out is it."""
         (M, outputs), size, whole = out.shape, matrix.shape[0], (False, columns)
         before, after = (None, rotation) if transposed else (rotation, None)
-        part = _split(M, self.scratch // (columns * (x.element_size() + 4)))
+        part = split(M, self.scratch // (columns * (x.element_size() + 4)))
         made = z is None and not (before is None and inner == whole and _is_middle(x, columns))
         middle = x.new_empty(part, columns) if made else None
         written = bias is None and outer == whole and _is_middle(out, columns)
@@ -60,16 +52,16 @@ class Composed(NamedTuple):
         turned = None if after is None else x.new_empty(part, columns, dtype=torch.float32)
         for start in range(0, M, part):
             rows = min(part, M - start)
-            X, Y = _cut(x, start, rows), _cut(out, start, rows)
+            X, Y = cut(x, start, rows), cut(out, start, rows)
             Z = X
             if z is not None:
-                Z = _cut(z, start, rows)
+                Z = cut(z, start, rows)
             elif middle is not None:
-                Z = _cut(middle, 0, rows)
+                Z = cut(middle, 0, rows)
             if Z is not X:
                 self.compress(Z, X, *inner, before, False)
-            V = Y if values is None else _cut(values, 0, rows)
-            U = V if turned is None else _cut(turned, 0, rows)
+            V = Y if values is None else cut(values, 0, rows)
+            U = V if turned is None else cut(turned, 0, rows)
             self.matmul(U.view(-1, size), Z.view(-1, size), matrix, transposed, scaling, None, None, None)
             if turned is not None:
                 self.compress(V, U, *whole, after, True)
@@ -87,18 +79,18 @@ class Composed(NamedTuple):
             dM.zero_()
             return
         made = [not (rotation is None and _is_middle(x, columns)), not _is_middle(dY, columns)]
-        part = _split(M, self.scratch // (columns * x.element_size() * sum(made))) if any(made) else M
+        part = split(M, self.scratch // (columns * x.element_size() * sum(made))) if any(made) else M
         zs, gs = (x.new_empty(part, columns) if needed else None for needed in made)
         term = dM
         for start in range(0, M, part):
             rows = min(part, M - start)
-            z, g = _cut(x, start, rows), _cut(dY, start, rows)
+            z, g = cut(x, start, rows), cut(dY, start, rows)
             if zs is not None:
-                z = _cut(zs, 0, rows)
-                self.compress(z, _cut(x, start, rows), False, columns, rotation, False)
+                z = cut(zs, 0, rows)
+                self.compress(z, cut(x, start, rows), False, columns, rotation, False)
             if gs is not None:
-                g = _cut(gs, 0, rows)
-                self.compress(g, _cut(dY, start, rows), False, dY.shape[1], None, False)
+                g = cut(gs, 0, rows)
+                self.compress(g, cut(dY, start, rows), False, dY.shape[1], None, False)
             self.matmul(term, g.view(-1, size).t(), z.view(-1, size), True, scaling, None, None, None)
             if start:
                 dM.add_(term)
@@ -131,11 +123,11 @@ def onto_base(
     if weight is None:
         alone(out, z, x, transposed, matrix, scaling, bias, inner, outer, columns, rotation)
         return
-    step = M if most is None or columns == matrix.shape[0] else _split(M, most)
+    step = M if most is None or columns == matrix.shape[0] else split(M, most)
     values = x.new_empty(min(M, step), columns, dtype=torch.float32)
     for start in range(0, M, max(1, step)):
         rows = min(step, M - start)
-        X, Y, V = _cut(x, start, rows), _cut(out, start, rows), _cut(values, 0, rows)
+        X, Y, V = cut(x, start, rows), cut(out, start, rows), cut(values, 0, rows)
         alone(V, z, X, transposed, matrix, scaling, None, inner, (False, columns), columns, rotation)
         if isinstance(weight, Tensor):
             matmul_dense(Y, X, weight, transposed, None, None, bias, (V, *outer))

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from peftkern import reference
-from peftkern.backends import Backend, Call, Spread, Weight4, product_by_product
+from peftkern.backends import Backend, Call, Mask, Spread, Weight4
+from peftkern.backends.linear import ComposedLinear, product_by_product
 from peftkern.backends.mora import Composed, onto_base
 from peftkern.formats import DoubleQuant, QuantizedWeight
 
@@ -33,22 +34,41 @@ def matmul(
     u: Tensor | None = None,
     bias: Tensor | None = None,
     spread: Spread | None = None,
+    mask: Mask | None = None,
 ) -> None:
     # in fp32 up to here: out's dtype may be wider than x's
-    out.copy_(reference.matmul(x.float(), _weight(weight), transposed, alpha, t, u, bias, spread))
+    x = x.float()
+    if mask is not None:
+        where, p, seed = mask
+        if where == "x":
+            x = _dropped(x, p, seed)
+        elif where == "weight":
+            assert isinstance(weight, Tensor)
+            weight = _dropped(weight, p, seed)
+        else:
+            assert t is not None
+            assert u is not None
+            spread = (_dropped(reference.matmul(t.float(), u), p, seed), False, out.shape[1])
+            t = u = None
+    out.copy_(reference.matmul(x, _weight(weight), transposed, alpha, t, u, bias, spread))
+
+
+def _dropped(x: Tensor, p: float, seed: Tensor) -> Tensor:
+    return x.masked_fill(~reference.dropout_mask(seed, x.shape, p, x.device), 0.0)
 
 
 def matmul_dense(
     out: Tensor,
     x: Tensor,
     weight: Tensor,
-    transposed: bool = False,
-    t: Tensor | None = None,
-    u: Tensor | None = None,
-    bias: Tensor | None = None,
+    transposed: bool,
+    t: Tensor | None,
+    u: Tensor | None,
+    bias: Tensor | None,
     spread: Spread | None = None,
+    mask: Mask | None = None,
 ) -> None:
-    matmul(out, x, weight, transposed, 1.0, t, u, bias, spread)
+    matmul(out, x, weight, transposed, 1.0, t, u, bias, spread, mask)
 
 
 def compress(
@@ -74,30 +94,25 @@ def quantize(weight: Tensor, packed: Tensor, absmax: Tensor, quant_type: str, bl
     absmax.copy_(quantized.absmax.view(absmax.shape))
 
 
-def dropout(out: Tensor, x: Tensor, p: float, seed: Tensor) -> None:
-    out.copy_(x.masked_fill(~reference.dropout_mask(seed, x.shape, p, x.device), 0.0))
-
-
 def supports(call: Call) -> str | None:
     if call.dtype not in _DTYPES:
         return f"it takes float32, bfloat16 and float16, this is {str(call.dtype).removeprefix('torch.')}"
     return None
 
 
+_LINEAR = ComposedLinear(matmul, matmul_dense, partial(product_by_product, matmul))
 _MORA = Composed(matmul, compress, scratch=1 << 21)
 
 BACKEND = Backend(
     name="reference",
     rows={
-        "matmul": matmul,
-        "matmul_dense": matmul_dense,
-        "output_grads": partial(product_by_product, matmul),
+        "linear": _LINEAR.forward,
+        "linear_grad": _LINEAR.backward,
         "compress": compress,
         "mora": partial(onto_base, _MORA.alone, matmul, matmul_dense, 384),
         "mora_grad": _MORA.grad,
         "dequantize": dequantize,
         "quantize": quantize,
-        "dropout": dropout,
     },
     supports=supports,
     detail=lambda call: "plain PyTorch",

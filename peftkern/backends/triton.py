@@ -20,8 +20,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from peftkern.backends import Backend, Call, Spread, Walk, Weight4, gemm_onto, product_by_product
+from peftkern.backends import Backend, Call, Mask, Spread, Walk, Weight4
+from peftkern.backends.linear import ComposedLinear, gemm_onto, product_by_product
 from peftkern.backends.mora import Composed, onto_base
+from peftkern.reference import keep_threshold
 
 if TYPE_CHECKING:
     from peftkern.triton_kernels.launch import Launch, Machine
@@ -66,12 +68,11 @@ def detail(call: Call) -> str:
 
     machine = _machine(call.device)
     text = f"Triton, sm_{machine.capability}"
-    if call.primitive == "matmul_dense":
-        return f"cuBLAS, the addend by {text}"
-    if call.primitive in ("matmul", "mora"):
+    if call.primitive in ("linear", "linear_grad", "mora"):
         full = call.dtype == torch.float32
         limit = choices.CROSSOVER_FLOAT32 if full else choices.of(choices.CROSSOVER, machine)
-        return f"{text}; a 4-bit W fused below {limit} rows, dequantized for cuBLAS from there on"
+        fused = f"a 4-bit W fused below {limit} rows, dequantized for cuBLAS from there on"
+        return f"{text}; {fused}; a dense W: cuBLAS"
     return text
 
 
@@ -103,16 +104,19 @@ def matmul(
     u: Tensor | None = None,
     bias: Tensor | None = None,
     spread: Spread | None = None,
+    mask: Mask | None = None,
 ) -> None:
     from peftkern.triton_kernels import matmul as kernels
 
     if not isinstance(weight, Tensor) and alpha == 1.0 and out.dtype == x.dtype:
         dense = _dequantized(x, weight)
         if dense is not None:
-            matmul_dense(out, x, dense, transposed, t, u, bias, spread)
+            matmul_dense(out, x, dense, transposed, t, u, bias, spread, mask)
             return
     machine = _machine(x.device)
-    _run(kernels.plan(machine, out, x, weight, transposed, alpha, t, u, bias, spread), x.device)
+    masked = None if mask is None else (mask[0], keep_threshold(mask[1]), mask[2])
+    launches = kernels.plan(machine, out, x, weight, transposed, alpha, t, u, bias, spread, mask=masked)
+    _run(launches, x.device)
 
 
 def _dequantized(x: Tensor, weight: Weight4) -> Tensor | None:
@@ -149,6 +153,9 @@ def output_grads(
         _run(kernels.plan(_machine(dY.device), G, dB, dbias, dY, B, T, alpha), dY.device)
 
 
+_LINEAR = ComposedLinear(matmul, matmul_dense, output_grads)
+
+
 def compress(
     out: Tensor,
     x: Tensor,
@@ -175,13 +182,6 @@ def quantize(weight: Tensor, packed: Tensor, absmax: Tensor, quant_type: str, bl
     from peftkern.triton_kernels import quantize as kernels
 
     _run(kernels.plan(weight, packed, absmax, quant_type, blocksize), weight.device)
-
-
-def dropout(out: Tensor, x: Tensor, p: float, seed: Tensor) -> None:
-    from peftkern.reference import keep_threshold
-    from peftkern.triton_kernels import dropout as kernels
-
-    _run(kernels.plan(out, x, keep_threshold(p), seed), x.device)
 
 
 # one block, for some rows at a time
@@ -242,15 +242,13 @@ def mora_grad(
 BACKEND = Backend(
     name="triton",
     rows={
-        "matmul": matmul,
-        "matmul_dense": matmul_dense,
-        "output_grads": output_grads,
+        "linear": _LINEAR.forward,
+        "linear_grad": _LINEAR.backward,
         "compress": compress,
         "mora": mora,
         "mora_grad": mora_grad,
         "dequantize": dequantize,
         "quantize": quantize,
-        "dropout": dropout,
     },
     supports=supports,
     detail=detail,

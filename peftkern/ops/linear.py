@@ -1,4 +1,4 @@
-"""linear_4bit, and what every linear op is made of: checks, the base and thin products, their library ops.
+"""The frozen linear layer: linear_4bit; and with its low-rank adapter, for lora.py, what the two share.
 
 An eager call on plain tensors goes straight to the backend ("direct"). A call that something watches or
 rewrites (torch.compile, export, functorch, a dispatch mode, a tensor subclass, the meta device) goes through
@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from torch.library import Library
 
 from peftkern import dispatch
-from peftkern.backends import Call, Primitive, Weight4
+from peftkern.backends import Call, Weight4
 from peftkern.dispatch import find
 from peftkern.formats import QuantizedWeight
 
@@ -209,180 +209,150 @@ def weight4(
     return packed, absmax, (absmax2, code, offset, blocksize2), quant_type, blocksize, rows, columns
 
 
-def flatten4(weight: Weight4) -> tuple[WeightTensors, WeightSpec]:
-    """What flatten_weight gave, from what a backend takes."""
-    packed, absmax, nested, quant_type, blocksize, rows, columns = weight
-    absmax2, code, offset, blocksize2 = (None, None, None, 0) if nested is None else nested
-    return (packed, absmax, absmax2, code, offset), (quant_type, blocksize, blocksize2, rows, columns)
+def _alpha(scaling: float, p: float) -> float:
+    """s / (1 - p): dropout's scale rides along with the adapter's, so that the mask itself rounds nothing."""
+    if p == 0.0:
+        return scaling
+    return scaling / (1.0 - p) if p < 1.0 else 0.0
 
 
-def matmul_row(traced: bool, x: Tensor) -> Primitive | None:
-    """The backend's matmul for x, looked up once for a whole pass; None: go through the library ops."""
-    return None if traced else find("matmul", x.device, x.dtype)
-
-
-def base_matmul(
-    row: Primitive | None,
+def _product(
     x: Tensor,
+    A: Tensor | None,
+    B: Tensor | None,
+    bias: Tensor | None,
     weight: Weight4 | Tensor,
-    transposed: bool,
-    t: Tensor | None = None,
-    u: Tensor | None = None,
-    bias: Tensor | None = None,
-) -> Tensor:
-    """x Wᵀ, or x W when transposed, + t uᵀ + bias: one pass over W, dense or 4-bit. [M, outputs]"""
-    if row is None:
-        if isinstance(weight, tuple):
-            tensors, spec = flatten4(weight)
-            return _OPS.matmul_4bit(x, *tensors, *spec, transposed, t, u, bias)  # type: ignore[no-any-return]
-        return _OPS.matmul_dense(x, weight, transposed, t, u, bias)  # type: ignore[no-any-return]
-    if isinstance(weight, tuple):
-        out = x.new_empty(x.shape[0], weight[6] if transposed else weight[5])
-        row(out, x, weight, transposed, 1.0, t, u, bias)
-    else:
-        out = x.new_empty(x.shape[0], weight.shape[1] if transposed else weight.shape[0])
-        find("matmul_dense", x.device, x.dtype)(out, x, weight, transposed, t, u, bias)
-    return out
+    scaling: float,
+    p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Y = X Wᵀ + T Bᵀ + b [M, N]; T = s / (1 - p) · dropout(X) Aᵀ [M, R], None where there is no adapter."""
+    y, T = _outputs(x, A, weight)
+    dropout = None if seed is None else (p, seed)
+    find("linear", x.device, x.dtype)(y, T, x, weight, A, B, _alpha(scaling, p), dropout, bias)
+    return y, T
 
 
-def thin_matmul(
-    row: Primitive | None,
-    x: Tensor,
-    weight: Tensor,
-    transposed: bool,
-    alpha: float = 1.0,
-    dtype: torch.dtype | None = None,
-) -> Tensor:
-    """alpha x Wᵀ, or alpha x W when transposed, one side a rank: fp32 sums, one rounding to dtype (x's)."""
-    if row is None:
-        return _OPS.matmul_thin(  # type: ignore[no-any-return]
-            x, weight, transposed, alpha, x.dtype if dtype is None else dtype
-        )
-    result = x.new_empty(x.shape[0], weight.shape[1] if transposed else weight.shape[0], dtype=dtype)
-    row(result, x, weight, transposed, alpha, None, None, None)
-    return result
+def _outputs(x: Tensor, A: Tensor | None, weight: Weight4 | Tensor) -> tuple[Tensor, Tensor | None]:
+    rows = x.shape[0]
+    y = x.new_empty(rows, weight[5] if isinstance(weight, tuple) else weight.shape[0])
+    return y, None if A is None else x.new_empty(rows, A.shape[0])
 
 
-def output_grads(
-    traced: bool,
+# dx, dA, dB, dbias: those that are asked for
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+# of dA, dB and dbias
+Dtypes = tuple[torch.dtype | None, torch.dtype | None, torch.dtype | None]
+
+
+def _gradients(
     dY: Tensor,
+    x: Tensor | None,
+    A: Tensor | None,
     B: Tensor | None,
     T: Tensor | None,
-    alpha: float,
-    B_dtype: torch.dtype | None,
-    bias_dtype: torch.dtype | None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """G = alpha dY B [M, R] where there is a B, dB = dYᵀ T [N, R] of B_dtype where there is a T, and
-    dbias = Σ dY [N] where it has a dtype; the others None."""
-    if B is None and T is None and bias_dtype is None:
-        return None, None, None
+    dtypes: Dtypes,
+    weight: Weight4 | Tensor | None,
+    scaling: float,
+    p: float,
+    seed: Tensor | None,
+) -> Gradients:
+    """With G = s / (1 - p) · dY B: dX = dY W + dropout(G A) given the weight, dA = Gᵀ dropout(X) given x,
+    dB = dYᵀ T given T, and dbias = Σ dY if it has a dtype."""
+    found = _gradients_of(dY, x, B, T, dtypes, weight)
+    dropout = None if seed is None else (p, seed)
+    row = find("linear_grad", dY.device, dY.dtype)
+    row(*found, dY, x, weight, A, B, T, _alpha(scaling, p), dropout)
+    return found
+
+
+def _gradients_of(
+    dY: Tensor,
+    x: Tensor | None,
+    B: Tensor | None,
+    T: Tensor | None,
+    dtypes: Dtypes,
+    weight: Weight4 | Tensor | None,
+) -> Gradients:
+    """Their memory."""
+    rows, outputs = dY.shape
+    A_dtype, B_dtype, bias_dtype = dtypes
+    dx = dA = dB = dbias = None
+    if weight is not None:
+        dx = dY.new_empty(rows, weight[6] if isinstance(weight, tuple) else weight.shape[1])
+    if x is not None and B is not None:
+        dA = dY.new_empty(B.shape[1], x.shape[1], dtype=A_dtype)
+    if T is not None:
+        dB = dY.new_empty(outputs, T.shape[1], dtype=B_dtype)
+    if bias_dtype is not None:
+        dbias = dY.new_empty(outputs, dtype=bias_dtype)
+    return dx, dA, dB, dbias
+
+
+def bias_grad(traced: bool, dY: Tensor, dtype: torch.dtype | None) -> Tensor | None:
+    """Σ dY [N] in dtype, summed in fp32; None for None."""
+    if dtype is None:
+        return None
+    nothing = None, None, None, None
     if traced:
-        G, dB, dbias = _OPS.output_grads(dY, B, T, alpha, B_dtype, bias_dtype)
-        return (
-            None if B is None else G,
-            None if T is None else dB,
-            None if bias_dtype is None else dbias,
-        )
-    rows, columns = dY.shape
-    G = None if B is None else dY.new_empty(rows, B.shape[1])
-    dB = None if T is None else dY.new_empty(columns, T.shape[1], dtype=B_dtype)
-    dbias = None if bias_dtype is None else dY.new_empty(columns, dtype=bias_dtype)
-    find("output_grads", dY.device, dY.dtype)(G, dB, dbias, dY, B, T, alpha)
-    return G, dB, dbias
+        *_, dbias = _OPS.linear_backward(dY, *nothing, None, None, dtype, *flat(None), 1.0, 0.0, None)
+    else:
+        *_, dbias = _gradients(dY, *nothing, (None, None, dtype), None, 1.0, 0.0, None)
+    return dbias  # type: ignore[no-any-return]
 
 
-def dropout(traced: bool, x: Tensor, p: float, seed: Tensor) -> Tensor:
-    """x where kept, else 0; unscaled, hence exact. Backward repeats the mask from (seed, element)."""
-    if traced:
-        return _OPS.dropout(x, p, seed)  # type: ignore[no-any-return]
-    out = x.new_empty(x.shape)
-    find("dropout", x.device, x.dtype)(out, x, p, seed)
-    return out
-
+# ---- library ops
 
 LIBRARY = Library("peftkern", "FRAGMENT")  # type: ignore[no-untyped-call]
 _OPS: Any = torch.ops.peftkern
 
 
-def _matmul_4bit(
-    x: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    absmax2: Tensor | None,
-    code: Tensor | None,
-    offset: Tensor | None,
-    quant_type: str,
-    blocksize: int,
-    blocksize2: int,
-    rows: int,
-    columns: int,
-    transposed: bool,
-    t: Tensor | None,
-    u: Tensor | None,
-    bias: Tensor | None,
-) -> Tensor:
-    spec = (quant_type, blocksize, blocksize2, rows, columns)
-    weight = weight4(packed, absmax, absmax2, code, offset, spec)
-    return base_matmul(matmul_row(False, x), x, weight, transposed, t, u, bias)
+def flat(weight: Weight4 | Tensor | None) -> tuple[Any, ...]:
+    """dense, packed, absmax, absmax2, code, offset, quant_type, blocksize, blocksize2, rows, columns."""
+    if not isinstance(weight, tuple):
+        return weight, None, None, None, None, None, "", 0, 0, 0, 0
+    packed, absmax, nested, quant_type, blocksize, rows, columns = weight
+    absmax2, code, offset, blocksize2 = (None, None, None, 0) if nested is None else nested
+    return None, packed, absmax, absmax2, code, offset, quant_type, blocksize, blocksize2, rows, columns
 
 
-def _matmul_4bit_fake(x: Tensor, *args: Any) -> Tensor:
-    rows, columns, transposed = args[8:11]
-    return x.new_empty((x.shape[0], columns if transposed else rows))
+def unflat(dense: Tensor | None, packed: Tensor | None, *rest: Any) -> Weight4 | Tensor | None:
+    if packed is None:
+        return dense
+    absmax, absmax2, code, offset, *spec = rest
+    return weight4(packed, absmax, absmax2, code, offset, tuple(spec))
 
 
-def _matmul_dense(
-    x: Tensor,
-    weight: Tensor,
-    transposed: bool,
-    t: Tensor | None,
-    u: Tensor | None,
-    bias: Tensor | None,
-) -> Tensor:
-    return base_matmul(matmul_row(False, x), x, weight, transposed, t, u, bias)
+FLAT = (
+    "Tensor? dense, Tensor? packed, Tensor? absmax, Tensor? absmax2, Tensor? code, Tensor? offset, "
+    "str quant_type, int blocksize, int blocksize2, int rows, int columns"
+)
 
 
-def _matmul_dense_fake(x: Tensor, weight: Tensor, transposed: bool, *args: Any) -> Tensor:
-    return x.new_empty((x.shape[0], weight.shape[1] if transposed else weight.shape[0]))
+def _linear_op(x: Tensor, A: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
+    B, bias, *weight, scaling, p, seed = args
+    return _full(x, _product(x, A, B, bias, unflat(*weight), scaling, p, seed))  # type: ignore[arg-type]
 
 
-def _matmul_thin(x: Tensor, weight: Tensor, transposed: bool, alpha: float, dtype: torch.dtype) -> Tensor:
-    return thin_matmul(matmul_row(False, x), x, weight, transposed, alpha, dtype)
+def _linear_op_fake(x: Tensor, A: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
+    _, _, *weight, _, _, _ = args
+    return _full(x, _outputs(x, A, unflat(*weight)))  # type: ignore[arg-type]
 
 
-def _matmul_thin_fake(
-    x: Tensor, weight: Tensor, transposed: bool, alpha: float, dtype: torch.dtype
-) -> Tensor:
-    return x.new_empty((x.shape[0], weight.shape[1] if transposed else weight.shape[0]), dtype=dtype)
+def _linear_backward_op(dY: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    x, A, B, T, A_dtype, B_dtype, bias_dtype, *weight, scaling, p, seed = args
+    dtypes = A_dtype, B_dtype, bias_dtype
+    return _full(dY, _gradients(dY, x, A, B, T, dtypes, unflat(*weight), scaling, p, seed))
 
 
-def _output_grads(dY: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    # a library op returns tensors only: what is not asked for is empty
-    return tuple(dY.new_empty(0) if out is None else out for out in output_grads(False, dY, *args))
+def _linear_backward_op_fake(dY: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    x, _, B, T, A_dtype, B_dtype, bias_dtype, *weight, _, _, _ = args
+    return _full(dY, _gradients_of(dY, x, B, T, (A_dtype, B_dtype, bias_dtype), unflat(*weight)))
 
 
-def _output_grads_fake(
-    dY: Tensor,
-    B: Tensor | None,
-    T: Tensor | None,
-    alpha: float,
-    B_dtype: torch.dtype | None,
-    bias_dtype: torch.dtype | None,
-) -> tuple[Tensor, ...]:
-    rows, columns = dY.shape
-    return (
-        dY.new_empty(0 if B is None else (rows, B.shape[1])),
-        dY.new_empty(0) if T is None else dY.new_empty((columns, T.shape[1]), dtype=B_dtype),
-        dY.new_empty(0) if bias_dtype is None else dY.new_empty(columns, dtype=bias_dtype),
-    )
-
-
-def _dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
-    return dropout(False, x, p, seed)
-
-
-def _dropout_fake(x: Tensor, p: float, seed: Tensor) -> Tensor:
-    return x.new_empty(x.shape)
+def _full(like: Tensor, results: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
+    """A library op returns tensors only: what there is not is empty."""
+    return tuple(like.new_empty(0) if result is None else result for result in results)
 
 
 def _tangent(tensor: Tensor) -> bool:
@@ -425,29 +395,21 @@ def register(schema: str, implementation: Any, fake: Any) -> None:
 
 
 register(
-    "matmul_4bit(Tensor x, Tensor packed, Tensor absmax, Tensor? absmax2, Tensor? code, Tensor? offset, "
-    "str quant_type, int blocksize, int blocksize2, int rows, int columns, bool transposed, "
-    "Tensor? t, Tensor? u, Tensor? bias) -> Tensor",
-    _matmul_4bit,
-    _matmul_4bit_fake,
+    f"linear(Tensor x, Tensor? A, Tensor? B, Tensor? bias, {FLAT}, float scaling, float p, Tensor? seed) "
+    "-> (Tensor, Tensor)",
+    _linear_op,
+    _linear_op_fake,
 )
 register(
-    "matmul_dense(Tensor x, Tensor weight, bool transposed, Tensor? t, Tensor? u, Tensor? bias) -> Tensor",
-    _matmul_dense,
-    _matmul_dense_fake,
+    "linear_backward(Tensor dY, Tensor? x, Tensor? A, Tensor? B, Tensor? T, ScalarType? A_dtype, "
+    f"ScalarType? B_dtype, ScalarType? bias_dtype, {FLAT}, float scaling, float p, Tensor? seed) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    _linear_backward_op,
+    _linear_backward_op_fake,
 )
-register(
-    "matmul_thin(Tensor x, Tensor weight, bool transposed, float alpha, ScalarType dtype) -> Tensor",
-    _matmul_thin,
-    _matmul_thin_fake,
-)
-register(
-    "output_grads(Tensor dY, Tensor? B, Tensor? T, float alpha, ScalarType? B_dtype, ScalarType? bias_dtype) "
-    "-> (Tensor, Tensor, Tensor)",
-    _output_grads,
-    _output_grads_fake,
-)
-register("dropout(Tensor x, float p, Tensor seed) -> Tensor", _dropout, _dropout_fake)
+
+
+# ---- autograd
 
 
 def no_double_backward(ctx: Any, grad: Tensor, op: str) -> None:
@@ -458,75 +420,183 @@ def no_double_backward(ctx: Any, grad: Tensor, op: str) -> None:
         raise RuntimeError(f"{op}: double backward is not implemented")
 
 
-def _forward(traced: bool, x: Tensor, weight: Weight4, bias: Tensor | None) -> Tensor:
-    y = base_matmul(matmul_row(traced, x), as_rows(x, weight[6]), weight, False, None, None, bias)
-    return like_rows(y, x)
+def _forward(
+    traced: bool,
+    x: Tensor,
+    A: Tensor | None,
+    B: Tensor | None,
+    bias: Tensor | None,
+    weight: Weight4 | Tensor,
+    scaling: float,
+    p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Y [..., N] and T [M, R]."""
+    rows = x if x.ndim == 2 else as_rows(x, x.shape[-1])
+    if traced:
+        y, T = _OPS.linear(rows, A, B, bias, *flat(weight), scaling, p, seed)
+        T = None if A is None else T
+    else:
+        y, T = _product(rows, A, B, bias, weight, scaling, p, seed)
+    return like_rows(y, x), T
+
+
+def _save(
+    ctx: Any,
+    x: Tensor,
+    A: Tensor | None,
+    B: Tensor | None,
+    bias: Tensor | None,
+    dense: Tensor | None,
+    seed: Tensor | None,
+    tensors: tuple[Tensor | None, ...],
+    spec: WeightSpec | None,
+    scaling: float,
+    p: float,
+    T: Tensor | None,
+) -> None:
+    """Only what the gradients that are asked for will read."""
+    needs_x, needs_A, needs_B, needs_bias, needs_W = ctx.needs_input_grad[:5]
+    dtypes = (
+        A.dtype if A is not None and needs_A else None,
+        B.dtype if B is not None and needs_B else None,
+        bias.dtype if bias is not None and needs_bias else None,
+    )
+    ctx.settings = spec, scaling, p, dtypes
+    ctx.save_for_backward(
+        x if needs_A or needs_W else None,
+        A if needs_x else None,
+        B if needs_x or needs_A else None,
+        T if needs_B else None,
+        seed,
+        *((dense, *tensors) if needs_x else (None,) * 6),
+    )
 
 
 def _backward(ctx: Any, traced: bool, grad: Tensor) -> tuple[Any, ...]:
-    packed, absmax, absmax2, code, offset = ctx.saved_tensors
-    weight = weight4(packed, absmax, absmax2, code, offset, ctx.spec)
-    dY = as_rows(grad, weight[5])
-    needs_x, needs_bias = ctx.needs_input_grad[:2]
-    dx = base_matmul(matmul_row(traced, dY), dY, weight, True) if needs_x else None
+    """The gradients of x, A, B, bias and the dense W."""
+    x, A, B, T, seed, dense, packed, absmax, absmax2, code, offset = ctx.saved_tensors
+    spec, scaling, p, dtypes = ctx.settings
+    dY = as_rows(grad, grad.shape[-1])
+    weight = dense if packed is None else weight4(packed, absmax, absmax2, code, offset, spec)
+    rows = None if x is None else as_rows(x, x.shape[-1])
+    dW = torch.mm(dY.t(), rows) if ctx.needs_input_grad[4] and rows is not None else None
+    given = None if dtypes[0] is None else rows, A, B, T
+    if traced:
+        found = _OPS.linear_backward(dY, *given, *dtypes, *flat(weight), scaling, p, seed)
+        wanted = weight, *dtypes
+        dx, dA, dB, dbias = (None if w is None else g for w, g in zip(wanted, found, strict=True))
+    else:
+        dx, dA, dB, dbias = _gradients(dY, *given, dtypes, weight, scaling, p, seed)
     if dx is not None and grad.ndim != 2:
-        dx = dx.view(*grad.shape[:-1], weight[6])
-    _, _, dbias = output_grads(traced, dY, None, None, 1.0, None, ctx.bias_dtype if needs_bias else None)
-    return dx, dbias, None, None, None, None, None, None
+        dx = dx.view(*grad.shape[:-1], dx.shape[-1])
+    return dx, dA, dB, dbias, dW
 
 
-class _Linear4bit(torch.autograd.Function):
+class _Linear(torch.autograd.Function):
     """Direct."""
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
+        A: Tensor | None,
+        B: Tensor | None,
         bias: Tensor | None,
-        packed: Tensor,
-        absmax: Tensor,
-        absmax2: Tensor | None,
-        code: Tensor | None,
-        offset: Tensor | None,
-        spec: WeightSpec,
+        dense: Tensor | None,
+        seed: Tensor | None,
+        quantized: QuantizedWeight | None,
+        scaling: float,
+        p: float,
     ) -> Tensor:
-        ctx.spec = spec
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.save_for_backward(packed, absmax, absmax2, code, offset)
-        return _forward(False, x, weight4(packed, absmax, absmax2, code, offset, spec), bias)
+        weight: Any = dense if quantized is None else quantized.kernel_args
+        y, T = _forward(False, x, A, B, bias, weight, scaling, p, seed)
+        ctx.op = "linear_4bit" if A is None else "lora_linear"
+        tensors, spec = NO_WEIGHT if quantized is None else flatten_weight(quantized)
+        _save(ctx, x, A, B, bias, dense, seed, tensors, spec, scaling, p, T)
+        return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        no_double_backward(ctx, grad, "linear_4bit")
-        return _backward(ctx, not is_direct(grad), grad)
+        no_double_backward(ctx, grad, ctx.op)
+        return *_backward(ctx, not is_direct(grad), grad), None, None, None, None
 
 
-class _Linear4bitTraced(torch.autograd.Function):
+# Function.apply itself looks for functorch's wrappers, 2 µs, which a direct call has none of
+_apply: Any = super(torch.autograd.Function, _Linear).apply
+
+
+class _LinearTraced(torch.autograd.Function):
+    """T is a second output, if there is one: functorch saves nothing but inputs and outputs. It stays
+    differentiable, so that dB, which is made of it, raises when it is differentiated again."""
+
     generate_vmap_rule = True
 
     @staticmethod
     def forward(
         x: Tensor,
+        A: Tensor | None,
+        B: Tensor | None,
         bias: Tensor | None,
-        packed: Tensor,
-        absmax: Tensor,
+        dense: Tensor | None,
+        seed: Tensor | None,
+        packed: Tensor | None,
+        absmax: Tensor | None,
         absmax2: Tensor | None,
         code: Tensor | None,
         offset: Tensor | None,
-        spec: WeightSpec,
-    ) -> Tensor:
-        return _forward(True, x, weight4(packed, absmax, absmax2, code, offset, spec), bias)
+        spec: WeightSpec | None,
+        scaling: float,
+        p: float,
+    ) -> tuple[Tensor, ...]:
+        weight: Any = dense
+        if packed is not None and absmax is not None and spec is not None:
+            weight = weight4(packed, absmax, absmax2, code, offset, spec)
+        y, T = _forward(True, x, A, B, bias, weight, scaling, p, seed)
+        return (y,) if T is None else (y, T)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, bias, *tensors, spec = inputs
-        ctx.spec = spec
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.save_for_backward(*tensors)
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, A, B, bias, dense, seed, *tensors, spec, scaling, p = inputs
+        T = output[1] if len(output) == 2 else None
+        _save(ctx, x, A, B, bias, dense, seed, tuple(tensors), spec, scaling, p, T)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        return _backward(ctx, True, grad)
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Any, ...]:
+        return *_backward(ctx, True, grad), None, None, None, None, None, None, None, None, None
+
+
+def linear(
+    x: Tensor,
+    weight: QuantizedWeight | Tensor,
+    A: Tensor | None,
+    B: Tensor | None,
+    bias: Tensor | None,
+    scaling: float = 1.0,
+    p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """The frozen layer, with its adapter if there is one, of arguments that were checked; x has the dtype to
+    compute in."""
+    if isinstance(weight, QuantizedWeight):
+        quantized, dense = weight, None
+        direct = is_direct(x, A, B, bias) and type(weight.packed) in PLAIN
+    else:
+        quantized, dense = None, weight if weight.dtype is x.dtype else weight.to(x.dtype)
+        direct = is_direct(x, A, B, bias, dense)
+    if not direct:
+        tensors, spec = NO_WEIGHT if quantized is None else flatten_weight(quantized)
+        y, *_ = _LinearTraced.apply(  # type: ignore[no-untyped-call]
+            x, A, B, bias, dense, seed, *tensors, spec, scaling, p
+        )
+        return y  # type: ignore[no-any-return]
+    if needs_graph(x, A, B, bias, dense):
+        return _apply(x, A, B, bias, dense, seed, quantized, scaling, p)  # type: ignore[no-any-return]
+    operand: Any = dense if quantized is None else quantized.kernel_args
+    return _forward(False, x, A, B, bias, operand, scaling, p, seed)[0]
+
+
+# ---- the public op
 
 
 def _check(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> torch.dtype:
@@ -568,18 +638,12 @@ def linear_4bit(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) 
     dtype = _check(x, weight, bias)
     if dtype is not x.dtype:
         x = x.to(dtype)
-    if not is_direct(x, bias) or type(weight.packed) not in PLAIN:
-        tensors, spec = flatten_weight(weight)
-        return _Linear4bitTraced.apply(x, bias, *tensors, spec)  # type: ignore[no-any-return,no-untyped-call]
-    if needs_graph(x, bias):
-        tensors, spec = flatten_weight(weight)
-        return _Linear4bit.apply(x, bias, *tensors, spec)  # type: ignore[no-any-return,no-untyped-call]
-    return _forward(False, x, weight.kernel_args, bias)
+    return linear(x, weight, None, None, bias)
 
 
 def _calls(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> tuple[Call, ...]:
     dtype = _check(x, weight, bias)
-    return (Call("matmul", x.device, dtype),)
+    return (Call("linear", x.device, dtype),)
 
 
 dispatch.CALLS["linear_4bit"] = _calls

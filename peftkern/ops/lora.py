@@ -2,186 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from peftkern import dispatch, reference
-from peftkern.backends import Call, Weight4
+from peftkern.backends import Call
 from peftkern.formats import QuantizedWeight
-from peftkern.ops.linear import (
-    NO_WEIGHT,
-    PLAIN,
-    WeightSpec,
-    as_rows,
-    base_matmul,
-    check_base,
-    check_dropout,
-    check_scaling,
-    check_tensor,
-    flatten_weight,
-    is_direct,
-    like_rows,
-    matmul_row,
-    needs_graph,
-    no_double_backward,
-    output_grads,
-    refuse,
-    thin_matmul,
-    weight4,
-)
-from peftkern.ops.linear import (
-    dropout as apply_dropout,
-)
+from peftkern.ops.linear import check_base, check_dropout, check_scaling, check_tensor, linear, refuse
 from peftkern.reference import draw_seed
-
-
-def _alpha(scaling: float, p: float) -> float:
-    """s / (1 - p): dropout's scale rides along with the adapter's, so that the mask itself rounds nothing."""
-    return scaling / (1.0 - p) if p < 1.0 else 0.0
-
-
-def _forward(
-    traced: bool,
-    x: Tensor,
-    weight: Weight4 | Tensor,
-    A: Tensor,
-    B: Tensor,
-    bias: Tensor | None,
-    seed: Tensor | None,
-    scaling: float,
-    p: float,
-) -> tuple[Tensor, Tensor]:
-    """Y [..., N] and T = s · dropout(X) Aᵀ [M, R], rounded to x's dtype."""
-    row = matmul_row(traced, x)
-    rows = x if x.ndim == 2 else as_rows(x, A.shape[1])
-    thin = rows if seed is None else apply_dropout(traced, rows, p, seed)
-    T = thin_matmul(row, thin, A, False, scaling if p == 0.0 else _alpha(scaling, p))
-    y = base_matmul(row, rows, weight, False, T, B, bias)
-    return like_rows(y, x), T
-
-
-def _save(
-    ctx: Any,
-    x: Tensor,
-    A: Tensor,
-    B: Tensor,
-    bias: Tensor | None,
-    dense: Tensor | None,
-    seed: Tensor | None,
-    tensors: tuple[Tensor | None, ...],
-    spec: WeightSpec | None,
-    scaling: float,
-    p: float,
-    T: Tensor,
-) -> None:
-    """Only what the gradients that are asked for will read."""
-    needs_x, needs_A, needs_B, needs_bias, needs_W = ctx.needs_input_grad[:5]
-    ctx.settings = spec, scaling, p, A.dtype, B.dtype, bias.dtype if bias is not None and needs_bias else None
-    ctx.save_for_backward(
-        x if needs_A or needs_W else None,
-        A if needs_x else None,
-        B if needs_x or needs_A else None,
-        T if needs_B else None,
-        seed,
-        *((dense, *tensors) if needs_x else (None,) * 6),
-    )
-
-
-def _backward(ctx: Any, traced: bool, grad: Tensor) -> tuple[Any, ...]:
-    """The gradients of x, A, B, bias and the dense W."""
-    x, A, B, T, seed, dense, packed, absmax, absmax2, code, offset = ctx.saved_tensors
-    needs_x, needs_A, _, _, needs_W = ctx.needs_input_grad[:5]
-    spec, scaling, p, A_dtype, B_dtype, bias_dtype = ctx.settings
-    row = matmul_row(traced, grad)
-    dY = as_rows(grad, grad.shape[-1])
-    dx = dA = dW = None
-    # s/(1-p) · dY B [M, R], dYᵀ T [N, R], Σ dY [N]: those of which the operands were saved
-    G: Any
-    G, dB, dbias = output_grads(traced, dY, B, T, _alpha(scaling, p), B_dtype, bias_dtype)
-    if needs_A or needs_W:
-        rows = as_rows(x, x.shape[-1])
-    if needs_A:
-        thin = rows if seed is None else apply_dropout(traced, rows, p, seed)
-        dA = thin_matmul(row, G.t(), thin, True, 1.0, A_dtype)  # Gᵀ dropout(X), [R, K]
-    if needs_x:
-        weight = weight4(packed, absmax, absmax2, code, offset, spec) if dense is None else dense
-        if seed is None:
-            dx = base_matmul(row, dY, weight, True, G, A.t())
-        else:
-            # the mask falls between the adapter's product and the sum
-            dx = base_matmul(row, dY, weight, True)
-            dx = dx + apply_dropout(traced, thin_matmul(row, G, A, True), p, seed)
-        if grad.ndim != 2:
-            dx = dx.view(*grad.shape[:-1], dx.shape[-1])
-    if needs_W:
-        dW = torch.mm(dY.t(), rows)
-    return dx, dA, dB, dbias, dW
-
-
-class _LoraLinear(torch.autograd.Function):
-    """Direct."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        A: Tensor,
-        B: Tensor,
-        bias: Tensor | None,
-        dense: Tensor | None,
-        seed: Tensor | None,
-        quantized: QuantizedWeight | None,
-        scaling: float,
-        p: float,
-    ) -> Tensor:
-        operand: Any = dense if quantized is None else quantized.kernel_args
-        y, T = _forward(False, x, operand, A, B, bias, seed, scaling, p)
-        tensors, spec = NO_WEIGHT if quantized is None else flatten_weight(quantized)
-        _save(ctx, x, A, B, bias, dense, seed, tensors, spec, scaling, p, T)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        no_double_backward(ctx, grad, "lora_linear")
-        return *_backward(ctx, not is_direct(grad), grad), None, None, None, None
-
-
-class _LoraLinearTraced(torch.autograd.Function):
-    """T is a second output: functorch saves nothing but inputs and outputs. It stays differentiable, so that
-    dB, which is made of it, raises when it is differentiated again."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(
-        x: Tensor,
-        A: Tensor,
-        B: Tensor,
-        bias: Tensor | None,
-        dense: Tensor | None,
-        seed: Tensor | None,
-        packed: Tensor,
-        absmax: Tensor,
-        absmax2: Tensor | None,
-        code: Tensor | None,
-        offset: Tensor | None,
-        spec: WeightSpec,
-        scaling: float,
-        p: float,
-    ) -> tuple[Tensor, Tensor]:
-        weight = weight4(packed, absmax, absmax2, code, offset, spec) if dense is None else dense
-        return _forward(True, x, weight, A, B, bias, seed, scaling, p)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, A, B, bias, dense, seed, *tensors, spec, scaling, p = inputs
-        _save(ctx, x, A, B, bias, dense, seed, tuple(tensors), spec, scaling, p, output[1])
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
-        return *_backward(ctx, True, grad), None, None, None, None, None, None, None, None, None
 
 
 def check_adapter(lora_A: Tensor, lora_B: Tensor, columns: int, rows: int, device: torch.device) -> None:
@@ -249,24 +77,7 @@ def lora_linear(
     if dtype is not x.dtype:
         x = x.to(dtype)
     seed = None if dropout == 0.0 else draw_seed(x.device)
-    if isinstance(weight, QuantizedWeight):
-        quantized, dense = weight, None
-        direct = is_direct(x, lora_A, lora_B, bias) and type(weight.packed) in PLAIN
-    else:
-        quantized, dense = None, weight if weight.dtype is dtype else weight.to(dtype)
-        direct = is_direct(x, lora_A, lora_B, bias, dense)
-    if direct and not needs_graph(x, lora_A, lora_B, bias, dense):
-        operand: Any = dense if quantized is None else quantized.kernel_args
-        return _forward(False, x, operand, lora_A, lora_B, bias, seed, scaling, dropout)[0]
-    if direct:
-        return _LoraLinear.apply(  # type: ignore[no-any-return,no-untyped-call]
-            x, lora_A, lora_B, bias, dense, seed, quantized, scaling, dropout
-        )
-    tensors, spec = NO_WEIGHT if quantized is None else flatten_weight(quantized)
-    y, _ = _LoraLinearTraced.apply(  # type: ignore[no-untyped-call]
-        x, lora_A, lora_B, bias, dense, seed, *tensors, spec, scaling, dropout
-    )
-    return y  # type: ignore[no-any-return]
+    return linear(x, weight, lora_A, lora_B, bias, scaling, dropout, seed)
 
 
 def _calls(
@@ -279,10 +90,7 @@ def _calls(
     dropout: float = 0.0,
 ) -> tuple[Call, ...]:
     dtype = _check(x, weight, lora_A, lora_B, scaling, bias, dropout)
-    primitives = ["matmul"] if isinstance(weight, QuantizedWeight) else ["matmul_dense", "matmul"]
-    if dropout:
-        primitives.append("dropout")
-    return tuple(Call(primitive, x.device, dtype) for primitive in primitives)
+    return (Call("linear", x.device, dtype),)
 
 
 dispatch.CALLS["lora_linear"] = _calls

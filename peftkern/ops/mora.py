@@ -19,25 +19,27 @@ from peftkern.backends import Call, Weight4
 from peftkern.dispatch import find
 from peftkern.formats import QuantizedWeight
 from peftkern.ops.linear import (
+    FLAT,
     NO_WEIGHT,
     PLAIN,
     WeightSpec,
     as_rows,
     autocast_dtype,
+    bias_grad,
     check_base,
     check_scaling,
     check_size,
     check_tensor,
     check_x,
-    flatten4,
+    flat,
     flatten_weight,
     is_direct,
     like_rows,
     needs_graph,
     no_double_backward,
-    output_grads,
     refuse,
     register,
+    unflat,
     weight4,
 )
 from peftkern.reference import mora_kind
@@ -137,21 +139,6 @@ def _table(plan: _Plan, size: int, device: torch.device) -> Tensor | None:
 # ---- library ops
 
 
-def _flat(weight: Weight4 | Tensor | None) -> tuple[Any, ...]:
-    """dense, packed, absmax, absmax2, code, offset, quant_type, blocksize, blocksize2, rows, columns."""
-    if not isinstance(weight, tuple):
-        return weight, None, None, None, None, None, "", 0, 0, 0, 0
-    tensors, spec = flatten4(weight)
-    return None, *tensors, *spec
-
-
-def _unflat(dense: Tensor | None, packed: Tensor | None, *rest: Any) -> Weight4 | Tensor | None:
-    if packed is None:
-        return dense
-    absmax, absmax2, code, offset, *spec = rest
-    return weight4(packed, absmax, absmax2, code, offset, tuple(spec))
-
-
 def _kind(name: str) -> int | str:
     """From what a schema takes: mora_kind's names as strings."""
     return int(name) if name.isdigit() else name
@@ -159,7 +146,7 @@ def _kind(name: str) -> int | str:
 
 def _mora_op(x: Tensor, matrix: Tensor, bias: Tensor | None, *args: Any) -> tuple[Tensor, Tensor]:
     *flat, outputs, kind, scaling, keep = args
-    y, z = _product(x, matrix, bias, _unflat(*flat), outputs, _kind(kind), scaling, keep)
+    y, z = _product(x, matrix, bias, unflat(*flat), outputs, _kind(kind), scaling, keep)
     # a library op returns tensors only
     return y, x.new_empty(0, 0) if z is None else z
 
@@ -175,7 +162,7 @@ def _mora_backward_op(
     grad: Tensor, source: Tensor | None, matrix: Tensor | None, *args: Any
 ) -> tuple[Tensor, Tensor]:
     *flat, inputs, size, kind, scaling = args
-    return _gradients(grad, source, matrix, _unflat(*flat), inputs, size, _kind(kind), scaling)
+    return _gradients(grad, source, matrix, unflat(*flat), inputs, size, _kind(kind), scaling)
 
 
 def _mora_backward_op_fake(
@@ -184,18 +171,14 @@ def _mora_backward_op_fake(
     return _gradients_fake(grad, source, matrix, *args[-4:-2])
 
 
-_WEIGHT = (
-    "Tensor? dense, Tensor? packed, Tensor? absmax, Tensor? absmax2, Tensor? code, Tensor? offset, "
-    "str quant_type, int blocksize, int blocksize2, int rows, int columns"
-)
 register(
-    f"mora(Tensor x, Tensor matrix, Tensor? bias, {_WEIGHT}, SymInt outputs, str kind, float scaling, "
+    f"mora(Tensor x, Tensor matrix, Tensor? bias, {FLAT}, SymInt outputs, str kind, float scaling, "
     "bool keep) -> (Tensor, Tensor)",
     _mora_op,
     _mora_op_fake,
 )
 register(
-    f"mora_backward(Tensor grad, Tensor? source, Tensor? matrix, {_WEIGHT}, SymInt inputs, SymInt size, "
+    f"mora_backward(Tensor grad, Tensor? source, Tensor? matrix, {FLAT}, SymInt inputs, SymInt size, "
     "str kind, float scaling) -> (Tensor, Tensor)",
     _mora_backward_op,
     _mora_backward_op_fake,
@@ -219,7 +202,7 @@ def _forward(
     """Y [..., O] and, to keep where there is one block, z = compress(x) [M, r̂], rounded to x's dtype."""
     rows = x if x.ndim == 2 else as_rows(x, x.shape[-1])
     if traced:
-        y, z = _OPS.mora(rows, matrix, bias, *_flat(weight), outputs, str(kind), scaling, keep)
+        y, z = _OPS.mora(rows, matrix, bias, *flat(weight), outputs, str(kind), scaling, keep)
         z = z if z.shape[1] else None
     else:
         y, z = _product(rows, matrix, bias, weight, outputs, kind, scaling, keep)
@@ -264,13 +247,13 @@ def _backward(ctx: Any, traced: bool, grad: Tensor) -> tuple[Any, ...]:
             source = as_rows(x, inputs) if z is None else z
         if traced:
             settings = inputs, size, str(kind), scaling
-            dx, dM = _OPS.mora_backward(dY, source, matrix, *_flat(weight), *settings)
+            dx, dM = _OPS.mora_backward(dY, source, matrix, *flat(weight), *settings)
         else:
             dx, dM = _gradients(dY, source, matrix, weight, inputs, size, kind, scaling)
         dx, dM = dx if needs_x else None, dM.to(matrix_dtype) if needs_M else None
     if dx is not None and grad.ndim != 2:
         dx = dx.view(*grad.shape[:-1], inputs)
-    _, _, dbias = output_grads(traced, dY, None, None, 1.0, None, bias_dtype)
+    dbias = bias_grad(traced, dY, bias_dtype)
     if needs_W:
         dW = torch.mm(dY.t(), as_rows(x, inputs))
     return dx, dM, dbias, dW
@@ -302,6 +285,9 @@ class _MoraLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         no_double_backward(ctx, grad, ctx.op)
         return *_backward(ctx, not is_direct(grad), grad), None, None, None, None
+
+
+_apply_direct: Any = super(torch.autograd.Function, _MoraLinear).apply  # as in linear.py
 
 
 class _MoraLinearTraced(torch.autograd.Function):
@@ -365,7 +351,7 @@ def _apply(
         )
         return y  # type: ignore[no-any-return]
     if needs_graph(x, matrix, bias, dense):
-        return _MoraLinear.apply(  # type: ignore[no-any-return,no-untyped-call]
+        return _apply_direct(  # type: ignore[no-any-return]
             x, matrix, bias, dense, quantized, outputs, kind, scaling
         )
     operand: Any = dense if quantized is None else quantized.kernel_args
