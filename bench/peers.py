@@ -101,15 +101,21 @@ class Weights:
         """The values that the bytes stand for, from the reference, unrounded."""
         return reference.dequantize_4bit(self.first, torch.float32)
 
+    def quantize(self) -> list[QuantizedWeight]:
+        """Copies in memory of their own, as quantize_4bit leaves them."""
+        settings = self.quant_type, self.blocksize
+        return [peftkern.quantize_4bit(self.source, *settings) for _ in range(self.copies(self.packed_bytes))]
+
     @functools.cached_property
     def quantized(self) -> list[QuantizedWeight]:
-        first = self.first
-        return [_clone(first) for _ in range(self.copies(self.packed_bytes))]
+        return self.quantize()
 
     @functools.cached_property
     def plain_bytes(self) -> list[Tensor]:
-        source = torch.cat([self.first.packed.flatten(), self.first.absmax.view(torch.uint8).flatten()])
-        return [source.clone() for _ in range(self.copies(source.numel()))]
+        """As many bytes as packed and absmax have, in memory that was allocated as theirs was."""
+        size = self.first.packed.nbytes + self.first.absmax.nbytes
+        source = torch.randn(2, size)
+        return [peftkern.quantize_4bit(source).packed for _ in range(self.copies(size))]
 
     def _dense(self, dtype: torch.dtype) -> list[Tensor]:
         source = self.dense_f32.to(dtype)
@@ -175,10 +181,6 @@ def _bitsandbytes() -> Any:
     except ImportError as error:
         raise UnavailableError(f"bitsandbytes is not installed ({error})") from error
     return bitsandbytes
-
-
-def _clone(weight: QuantizedWeight) -> QuantizedWeight:
-    return dataclasses.replace(weight, packed=weight.packed.clone(), absmax=weight.absmax.clone())
 
 
 def _clone_state(state: Any) -> Any:
@@ -427,7 +429,7 @@ def ours_without_adapter(inputs: Inputs) -> Candidate:
     case, weights, x = inputs.case, inputs.weights, inputs.x
     differentiated = case.op in cases.BACKWARD_OPS
     plain = dataclasses.replace(case, op="linear_4bit", mora_type=0)
-    quantized = [_clone(weight) for weight in weights.quantized]
+    quantized = weights.quantize()
     (leaf,) = _leaves(x)
 
     def step(i: int) -> tuple[Tensor, ...]:
@@ -457,7 +459,7 @@ def lora(inputs: Inputs) -> Candidate:
     if op is None:
         raise UnavailableError
     weights = copy.copy(inputs.weights)
-    weights.quantized = [_clone(weight) for weight in inputs.weights.quantized]
+    weights.quantized = weights.quantize()
     candidate = ours(Inputs(dataclasses.replace(case, op=op, rank=case.lora_rank, mora_type=0), weights))
     return dataclasses.replace(
         candidate, name=cases.LORA, path=f"r = {case.lora_rank}, {candidate.path}", kind="peer"

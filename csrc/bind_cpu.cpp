@@ -400,6 +400,7 @@ void bind_quantize(py::handle weight_object, py::handle packed_object, py::handl
   p.absmax = static_cast<float*>(absmax.data);
   if (p.numel == 0) return;
   py::gil_scoped_release release;
+  prefer_huge_pages(p.packed, static_cast<size_t>(packed.numel));  // every later product reads them all
   quantize(p);
 }
 
