@@ -12,12 +12,14 @@ import sys
 import textwrap
 import weakref
 from collections.abc import Iterator
+from typing import Any
 
 import bounds
 import pytest
 import torch
 from bounds import U32, Approx
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import peftkern
 from peftkern import QuantizedWeight, reference
@@ -301,6 +303,203 @@ def test_output_grads_parts_are_bounded() -> None:
                     assert same[1:] == (rows, parts), "parts depend on the rank"
 
 
+# words at each tile of the table, a sum in parts, bytes; M, N, K
+MASKED_SIZES = [(5, 128, 192), (50, 192, 64), (70, 64, 320), (2, 512, 64), (6, 33, 75), (1, 1, 1)]
+
+
+def dropped(x: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+    """x with 0 where it is not kept, and with what must not be read there."""
+    worse = x.clone()
+    for start, value in enumerate((torch.nan, torch.inf, -torch.inf)):
+        worse[start::3] = torch.where(keep[start::3], x[start::3], value)
+    return torch.where(keep, x, 0.0), worse
+
+
+@pytest.fixture
+def wide(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Whether few elements, too, have the index of 64 bits that only very many need."""
+    if not request.param:
+        yield
+        return
+    matmul = pytest.importorskip("peftkern.triton_kernels.matmul")
+    monkeypatch.setattr(matmul, "SHORT_INDICES", 0)
+    matmul._fixed.cache_clear()
+    yield
+    matmul._fixed.cache_clear()
+
+
+P_WIDE = [(0.0, False), (0.3, False), (0.3, True), (1.0, False)]
+
+
+@pytest.mark.usefixtures("interpreted", "wide")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("p", "wide"), P_WIDE, indirect=["wide"])
+@pytest.mark.parametrize(
+    ("M", "K", "R"), [(5, 64, 3), (70, 200, 16), (33, 130, 40), (3, 512, 20), (64, 80, 64), (1, 1, 1)]
+)
+def test_masked_where_it_is_loaded(M: int, K: int, R: int, p: float, dtype: torch.dtype) -> None:
+    """A dropped x has the bits of a product of zeros in its place, either side, whatever was there."""
+    seed = torch.tensor(-7 << 40)
+    keep = reference.dropout_mask(seed, (M, K), p)
+    for x in (torch.randn(M, K), torch.randn(M, 2 * K)[:, ::2], torch.randn(K, M).t()):
+        x = x.to(dtype)
+        clean, worse = dropped(x, keep)
+        A, G = torch.randn(K, R).t(), torch.randn(M, R).to(dtype)
+        T, dA = (torch.full((2, M, R), torch.nan, dtype=dtype), torch.full((2, R, K), torch.nan))
+        triton.matmul(T[0], worse, A, False, 0.5, mask=("x", p, seed))
+        triton.matmul(T[1], clean, A, False, 0.5)
+        assert torch.equal(*T)
+        triton.matmul(dA[0], G.t(), worse, True, 0.5, mask=("weight", p, seed))
+        triton.matmul(dA[1], G.t(), clean, True, 0.5)
+        assert torch.equal(*dA)
+
+
+@pytest.mark.usefixtures("interpreted", "wide")
+@pytest.mark.parametrize("way", ["4 bits", "dequantized"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("p", "wide"), P_WIDE, indirect=["wide"])
+@pytest.mark.parametrize(("M", "N", "K"), MASKED_SIZES)
+def test_masked_addend(
+    M: int, N: int, K: int, p: float, dtype: torch.dtype, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """dX has the bits of the one with the whole addend where that is kept, else of the one without, into any
+    strides, and whatever the dropped addend is."""
+    from peftkern.triton_kernels import choices
+
+    monkeypatch.setattr(choices, "dequantizes", lambda *_: way == "dequantized")
+    seed = torch.tensor(1 << 62)
+    keep = reference.dropout_mask(seed, (M, K), p)
+    weight = quantized(N, K).kernel_args
+    dY, A, B = torch.randn(M, N).to(dtype), torch.randn(20, K), torch.randn(N, 20)
+    A[0, K // 2] = torch.inf  # so is a column of G A
+
+    def gradient(A: Tensor, dropout: tuple[float, Tensor]) -> Tensor:
+        dx = torch.full((K, M), torch.nan, dtype=dtype).t()
+        row = triton.BACKEND.rows["linear_grad"]
+        row(dx, None, None, None, dY, None, weight, A, B, None, 0.5, dropout)
+        return dx
+
+    found = gradient(A, (p, seed))
+    expected = torch.where(keep, gradient(A, (0.0, seed)), gradient(torch.zeros_like(A), (1.0, seed)))
+    torch.testing.assert_close(found, expected, rtol=0.0, atol=0.0, equal_nan=True)
+    assert found[~keep].isfinite().all()
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("rank", [4, 70])
+@pytest.mark.parametrize("way", ["4 bits", "dequantized", "dense"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_dropped_layer(dtype: torch.dtype, way: str, rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """linear and linear_grad with dropout, within their bounds, without a second tensor of x's size."""
+    from peftkern.triton_kernels import choices, launch
+
+    run = launch.Launch.run
+
+    def unwatched(each: launch.Launch) -> None:  # the interpreter copies what it is given
+        with _disable_current_modes():
+            run(each)
+
+    monkeypatch.setattr(launch.Launch, "run", unwatched)
+    monkeypatch.setattr(choices, "dequantizes", lambda *_: way == "dequantized")
+    M, N, K, p, seed = 300, 128, 192, 0.4, torch.tensor(3)
+    keep = reference.dropout_mask(seed, (M, K), p)
+    weight = torch.randn(N, K).to(dtype) if way == "dense" else quantized(N, K)
+    args = weight if isinstance(weight, Tensor) else weight.kernel_args
+    x, dY = torch.randn(M, K).to(dtype), torch.randn(M, N).to(dtype)
+    A, B, bias = torch.randn(rank, K), torch.randn(N, rank), torch.randn(N)
+    y, T, dx = torch.empty_like(dY), x.new_empty(M, rank), torch.empty_like(x)
+    dA, dB, dbias = torch.empty_like(A), torch.empty_like(B), torch.empty_like(bias)
+    alpha = 0.5 / (1.0 - p)
+    with Fresh() as fresh:
+        triton.BACKEND.rows["linear"](y, T, x, args, A, B, alpha, (p, seed), bias)
+        grads = triton.BACKEND.rows["linear_grad"]
+        grads(dx, dA, dB, dbias, dY, x, args, A, B, T, alpha, (p, seed))
+    assert fresh.largest < x.nbytes
+    if way == "dequantized":  # the addend is rounded before the vendor's product is added, as for a dense W
+        weight = peftkern.dequantize_4bit(weight, dtype)
+    expected = bounds.linear(x, weight, bias, dY, A, B, 0.5, p, keep)
+    for name, out in {"y": y, "x": dx, "lora_A": dA, "lora_B": dB, "bias": dbias}.items():
+        bounds.check(name, out, expected[name])
+
+
+class Fresh(TorchDispatchMode):
+    """The bytes of the largest tensor that torch makes."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {tensor.untyped_storage().data_ptr() for tensor in args if isinstance(tensor, Tensor)}
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and out.untyped_storage().data_ptr() not in given:
+            self.largest = max(self.largest, out.untyped_storage().nbytes())
+        return out
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("seed", [0, 42, -1, 1 << 40, -(1 << 63)])
+@pytest.mark.parametrize("p", [2.0**-32, 0.3, 0.5, 0.9, 1.0 - 2.0**-32, 1.0])
+def test_hash_of_any_element(p: float, seed: int) -> None:
+    """The mask is reference.dropout_mask's, with 32 and with 64 bits of the index; beyond 2^32 elements it is
+    that of the formula in unlimited integers."""
+    from hashed import hashed
+
+    def mix(x: int) -> int:
+        x = (x ^ x >> 16) * 0x7FEB352D % 2**32
+        x = (x ^ x >> 15) * 0x846CA68B % 2**32
+        return x ^ x >> 16
+
+    def kept(index: int) -> bool:
+        k0 = mix((seed + mix(((seed >> 32) + 0x9E3779B9) % 2**32)) % 2**32)
+        k1 = mix((k0 + (index >> 32) + 0x85EBCA6B) % 2**32)
+        return mix((mix(index % 2**32 ^ k0) + k1) % 2**32) < threshold
+
+    threshold = reference.keep_threshold(p)
+    number = threshold - 2**32 if threshold >= 2**31 else threshold
+    for first, columns, wide in (
+        (0, 16, False),
+        (0, 16, True),
+        (2**28 - 2, 16, True),
+        (2**40, 1000003, True),
+    ):
+        out = torch.full((4, 16), 2, dtype=torch.int8)
+        hashed[(1,)](out, torch.tensor(seed), first, columns, number, WIDE=wide)
+        assert out.tolist() == [[kept((first + m) * columns + k) for k in range(16)] for m in range(4)]
+        if first == 0:
+            assert torch.equal(out.bool(), reference.dropout_mask(seed, (4, 16), p))
+
+
+def test_which_masks_take_wide_indices() -> None:
+    """More than 2^32 elements of what is masked, and no more than those; p = 0 is no mask."""
+    pytest.importorskip("triton", reason="plans come with the kernels, which import triton")
+    from peftkern.triton_kernels import launch, matmul
+
+    def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    machine, seed = launch.Machine(90, 132), empty(dtype=torch.int64)
+    K, nothing = 1 << 16, (None, None, None, None)
+    for M, wide in ((1 << 16, False), ((1 << 16) + 1, True)):
+        x, T = empty(M, K), empty(M, 8)
+        for threshold in (1 << 30, 1 << 31, (1 << 32) - 1):
+            masked = [
+                matmul.plan(machine, T, x, empty(8, K), False, 1.0, *nothing, mask=("x", threshold, seed)),
+                matmul.plan(
+                    machine, empty(8, K), T.t(), x, True, 1.0, *nothing, mask=("weight", threshold, seed)
+                ),
+                matmul.plan(
+                    machine, x, T[:, :0], empty(K, 0), False, 1.0, T, empty(K, 8), None, None,
+                    mask=("addend", threshold, seed),
+                ),
+            ]  # fmt: skip
+            for where, launches in zip(("x", "weight", "addend"), masked, strict=True):
+                arguments = launches[0].arguments
+                assert (arguments["MASK"], arguments["WIDE"]) == (where, wide)
+                assert -(1 << 31) <= arguments["threshold"] < 1 << 31
+        for mask in (("addend", 1 << 32, seed), None):
+            whole = matmul.plan(machine, x, T, empty(K, 8), False, 1.0, *nothing, mask=mask)[0].arguments
+            assert [whole[name] for name in ("MASK", "WIDE", "seed", "threshold")] == ["", False, None, 0]
+
+
 COMPRESSIONS = [
     (96, 32, False, 96),
     (96, 40, False, 120),
@@ -415,13 +614,13 @@ def test_what_is_not_finite_stays_in_its_block(value: float, interpreted: None) 
 def test_who_is_refused_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda", 0)
     monkeypatch.setattr(triton, "INTERPRETED", True)
-    assert triton.supports(Call("matmul", cpu, torch.float32)) is None
-    told = triton.supports(Call("matmul", cuda, torch.float32))
+    assert triton.supports(Call("linear", cpu, torch.float32)) is None
+    told = triton.supports(Call("linear", cuda, torch.float32))
     assert told == "TRITON_INTERPRET=1: it runs tensors on cpu, these are on cuda:0"
-    told = triton.supports(Call("matmul", cpu, torch.float64))
+    told = triton.supports(Call("linear", cpu, torch.float64))
     assert told == "it takes float32, bfloat16 and float16, this is float64"
     monkeypatch.setattr(triton, "INTERPRETED", False)
-    assert triton.supports(Call("matmul", cpu, torch.float32)) == "it runs tensors on cuda, these are on cpu"
+    assert triton.supports(Call("linear", cpu, torch.float32)) == "it runs tensors on cuda, these are on cpu"
 
 
 @pytest.mark.parametrize(
