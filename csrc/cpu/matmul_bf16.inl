@@ -465,6 +465,10 @@ inline void run_dot_bf16(const MatmulParams& p) {
                           reinterpret_cast<Bf16*>(mine + buffers.sums + buffers.absmax),
                           &epilogue};
     epilogue.begin(o0, task.rows, columns);
+    // u's rows meet the sums last, a few bytes each: on their own they would wait for memory one after another
+    const int64_t u_size = p.u.dtype == DType::f32 ? 4 : 2;
+    for (int64_t r = 0; p.rank && p.u.stride1 == 1 && r < task.rows; ++r)
+      prefetch_bytes(p.u.data, (o0 + r) * p.u.stride0 * u_size, p.rank * u_size);
     if (four_bit) {
       prefetch_absmax(p.weight4, (o0 + kDotTask) * p.inner, kDotTask * p.inner);
       dot_weights(p, o0, task.rows, reinterpret_cast<float*>(mine + buffers.sums), w);
