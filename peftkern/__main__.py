@@ -26,10 +26,10 @@ from torch import Tensor
 
 import peftkern
 from peftkern import dispatch
-from peftkern.backends import Call, cpu, unavailable
+from peftkern.backends import Call, cpu, reference, unavailable
 from peftkern.formats import QuantizedWeight
 
-PRIMITIVES = ("matmul", "compress", "mora", "mora_grad", "dequantize", "quantize")
+KERNELS = ("matmul", "compress", "mora", "mora_grad", "dropout", "dequantize", "quantize")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PACKAGES = ("numpy", "bitsandbytes", "peft", "transformers", "triton")
 VARIABLES = re.compile(r"(PEFTKERN|OMP|KMP|GOMP|MKL|DNNL|ONEDNN)_\w+|ATEN_CPU_CAPABILITY|LD_PRELOAD")
@@ -77,7 +77,7 @@ def isa() -> dict[str, Any] | None:
         return None
     from peftkern import _cpu
 
-    kernels = {p: {name_of(dtype): _cpu.kernel(p, dtype) for dtype in DTYPES} for p in PRIMITIVES}
+    kernels = {p: {name_of(dtype): _cpu.kernel(p, dtype) for dtype in DTYPES} for p in KERNELS}
     built, available = list(_cpu.build_info()["levels"]), list(_cpu.isa_levels())
     return {"built": built, "available": available, "active": _cpu.isa(), "kernels": kernels}
 
@@ -105,7 +105,8 @@ def backends() -> dict[str, dict[str, str | None]]:
     """For each backend and primitive: None if it can run it on bf16 CPU tensors, else why not."""
     return {
         backend.name: {
-            p: unavailable(backend, Call(p, torch.device("cpu"), torch.bfloat16)) for p in PRIMITIVES
+            p: unavailable(backend, Call(p, torch.device("cpu"), torch.bfloat16))
+            for p in reference.BACKEND.rows
         }
         for backend in dispatch.BACKENDS
     }

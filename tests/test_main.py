@@ -96,7 +96,11 @@ def test_the_kernels_and_levels_are_those_of_the_extension():
     assert levels["built"] == _cpu.build_info()["levels"]
     assert levels["available"] == _cpu.isa_levels()
     assert levels["active"] == _cpu.isa_levels()[-1]
-    assert set(levels["kernels"]) == {"matmul", "compress", "mora", "mora_grad", "dequantize", "quantize"}
+    assert set(levels["kernels"]) == {
+        "matmul", "compress", "mora", "mora_grad", "dropout", "dequantize", "quantize",
+    }  # fmt: skip
+    # whoever can run anything here has every row
+    assert all(set(rows.values()) == {None} for name, rows in got["backends"].items() if name != "triton")
     for row in levels["kernels"].values():
         assert set(row) == {"float32", "bfloat16", "float16"}
         assert set(row.values()) <= set(levels["available"])

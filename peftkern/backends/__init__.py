@@ -78,13 +78,15 @@ Primitive = Callable[..., None]
 
 
 class Call(NamedTuple):
-    """What the choice of a backend depends on."""
+    """What the choice of a backend depends on, and the story that is told of it."""
 
     primitive: str
     device: torch.device
     # of x for matmul, linear, compress and mora, of dY for the gradients, of out for dequantize, of weight
     # for quantize
     dtype: torch.dtype
+    # nothing depends on it but the words of `explain`: W is dense, and the vendor's GEMM multiplies it
+    dense: bool = False
 
     def __str__(self) -> str:
         return f"{self.primitive} {str(self.dtype).removeprefix('torch.')} on {self.device}"

@@ -68,11 +68,12 @@ def detail(call: Call) -> str:
 
     machine = _machine(call.device)
     text = f"Triton, sm_{machine.capability}"
-    if call.primitive in ("linear", "linear_grad", "mora"):
+    if call.dense:
+        return f"cuBLAS, the adapter by {text}"
+    if call.primitive in ("linear", "mora"):
         full = call.dtype == torch.float32
         limit = choices.CROSSOVER_FLOAT32 if full else choices.of(choices.CROSSOVER, machine)
-        fused = f"a 4-bit W fused below {limit} rows, dequantized for cuBLAS from there on"
-        return f"{text}; {fused}; a dense W: cuBLAS"
+        return f"{text}; a 4-bit W fused below {limit} rows, dequantized for cuBLAS from there on"
     return text
 
 

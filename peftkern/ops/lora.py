@@ -90,7 +90,7 @@ def _calls(
     dropout: float = 0.0,
 ) -> tuple[Call, ...]:
     dtype = _check(x, weight, lora_A, lora_B, scaling, bias, dropout)
-    return (Call("linear", x.device, dtype),)
+    return (Call("linear", x.device, dtype, isinstance(weight, Tensor)),)
 
 
 dispatch.CALLS["lora_linear"] = _calls

@@ -515,7 +515,7 @@ def _linear_calls(
     bias: Tensor | None = None,
 ) -> tuple[Call, ...]:
     dtype, _ = _check_linear(x, weight, matrix, mora_type, scaling, bias)
-    return (Call("mora", x.device, dtype),)
+    return (Call("mora", x.device, dtype, isinstance(weight, Tensor)),)
 
 
 dispatch.CALLS["mora_linear"] = _linear_calls
