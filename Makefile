@@ -27,7 +27,7 @@ TORCH_STAMP := $(STAMPS)/torch-$(shell printf '%s' '$(TORCH)' | cksum | cut -d' 
 CXX_SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cpu/*.inl)
 BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt csrc/cpu/kernels.inc $(CXX_SOURCES)
 
-.PHONY: help build test test-amx test-triton compile-report bench bench-gpu lint fmt sanitize clean
+.PHONY: help build test test-amx test-triton compile-report bench bench-gpu lint fmt sanitize sanitize-gpu clean
 .DEFAULT_GOAL := help
 
 help:
@@ -107,6 +107,13 @@ sanitize: build ## the suite under AddressSanitizer and UndefinedBehaviorSanitiz
 	$(call build_variant,sanitize,-DPEFTKERN_SANITIZE=ON)
 	cd build/sanitize/site && LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 \
 	  $(PY) -m pytest -c $(ROOT)/pyproject.toml --rootdir $(ROOT) $(or $(ARGS),$(ROOT)/tests)
+
+# torch's allocator would hide reads past a tensor's end
+sanitize-gpu: build ## on an NVIDIA GPU: compute-sanitizer's memcheck, racecheck and initcheck, each with its summary
+	for tool in memcheck racecheck initcheck; do \
+	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
+	    $(PY) -m pytest -q $(or $(ARGS),tests/test_cuda.py -k "not captured and not dense_copy") || exit 1; \
+	done
 
 clean: ## everything that was built; the virtual environment stays
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis $(STAMPS)/built peftkern/_cpu*.so

@@ -31,10 +31,10 @@ A primitive writes into `out`, which the caller allocated; it allocates nothing 
         rotation     None, or fp32 [n, 2, h] (cos, sin), contiguous, n * 2h = P: block b of 2h columns becomes
                      (z1 cos - z2 sin, z2 cos + z1 sin), z1 and z2 its halves; sin negated when inverse
         all in fp32 with one rounding to out's dtype at the end
-    mora(out, z, x, weight, transposed, matrix, scaling, bias, inner, outer, columns, rotation)
-        MoRA and, with x's and out's ends swapped, its own adjoint; matrix [r̂, r̂], columns = n r̂, weight as in
-        matmul or None, inner and outer (grouped, length) as in compress and spread, rotation None or
-        fp32 [n, 2, r̂ / 2] as in compress
+    mora(out, z, x, weight, transposed, matrix, scaling, bias, middle)
+        MoRA and, with x's and out's ends swapped, its own adjoint; matrix [r̂, r̂], weight as in matmul or
+        None; middle = (inner, outer, columns, rotation): columns = n r̂, inner and outer (grouped, length) as
+        in compress and spread, rotation None or fp32 [n, 2, r̂ / 2] as in compress
         plain:       out = x Wᵀ + bias + spread(v, outer), of each block of r̂ columns
                      v_b = scaling * z_b matrixᵀ in fp32,
                      z = compress(x, inner, rotation) [M, columns] in x's dtype
@@ -73,6 +73,16 @@ Mask = tuple[str, float, Tensor]
 Dropout = tuple[float, Tensor]
 # grouped, length: how one end of MoRA is walked, as in compress and spread
 Walk = tuple[bool, int]
+
+
+class Middle(NamedTuple):
+    """How MoRA goes from x's columns to those of the middle, and from these to out's."""
+
+    inner: Walk
+    outer: Walk
+    columns: int
+    rotation: Tensor | None
+
 
 Primitive = Callable[..., None]
 

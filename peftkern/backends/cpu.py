@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, get_num_threads
 
-from peftkern.backends import Backend, Call, Dropout, Spread, Walk, Weight4
+from peftkern.backends import Backend, Call, Dropout, Middle, Spread, Weight4
 from peftkern.backends.dropout import Masked
 from peftkern.backends.linear import ComposedLinear, gemm_onto, product_by_product
-from peftkern.backends.mora import Composed, onto_base
+from peftkern.backends.mora import ComposedMora, onto_base
 
 _cpu: Any = None
 _missing: str | None = None
@@ -128,7 +128,7 @@ def linear_grad(
         _LINEAR.backward(dx, dA, dB, dbias, dY, x, weight, A, B, T, scaling, dropout)
 
 
-_COMPOSED = Composed(matmul, compress, _SCRATCH)
+_MORA = ComposedMora(matmul, compress, _SCRATCH)
 
 
 def _in_one_pass(rows: int, size: int) -> bool:
@@ -146,17 +146,13 @@ def _mora(
     matrix: Tensor,
     scaling: float,
     bias: Tensor | None,
-    inner: Walk,
-    outer: Walk,
-    columns: int,
-    rotation: Tensor | None,
+    middle: Middle,
 ) -> None:
     size = matrix.shape[0]
-    ends = (inner, outer, columns, rotation)
-    if _in_one_pass(x.shape[0] * (columns // size), size):
-        _cpu.mora(out, z, x, matrix, transposed, scaling, bias, *ends, get_num_threads())
+    if _in_one_pass(x.shape[0] * (middle.columns // size), size):
+        _cpu.mora(out, z, x, matrix, transposed, scaling, bias, *middle, get_num_threads())
     else:
-        _COMPOSED.alone(out, z, x, transposed, matrix, scaling, bias, *ends)
+        _MORA.alone(out, z, x, transposed, matrix, scaling, bias, middle)
 
 
 def _mora_grad(
@@ -167,7 +163,7 @@ def _mora_grad(
     if size < columns and size <= 512 and _in_one_pass(x.shape[0] * (columns // size), size):
         _cpu.mora_grad(dM, dY, x, scaling, columns, rotation, get_num_threads())
     else:
-        _COMPOSED.grad(dM, dY, x, scaling, columns, rotation)
+        _MORA.grad(dM, dY, x, scaling, columns, rotation)
 
 
 BACKEND = Backend(

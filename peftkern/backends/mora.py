@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from peftkern.backends import Primitive, Walk, Weight4
+from peftkern.backends import Middle, Primitive, Weight4
 from peftkern.backends.parts import cut, split
 
 
@@ -19,7 +19,7 @@ def _is_middle(x: Tensor, columns: int) -> bool:
     return x.shape[1] == columns and x.is_contiguous()
 
 
-class Composed(NamedTuple):
+class ComposedMora(NamedTuple):
     """`mora` without a weight, and `mora_grad`."""
 
     matmul: Primitive
@@ -35,18 +35,16 @@ class Composed(NamedTuple):
         matrix: Tensor,
         scaling: float,
         bias: Tensor | None,
-        inner: Walk,
-        outer: Walk,
-        columns: int,
-        rotation: Tensor | None,
+        middle: Middle,
     ) -> None:
         """Beside out: the middle of a part in x's dtype, in fp32 and, turned back, in fp32; none where z, x
         or out is it."""
+        inner, outer, columns, rotation = middle
         (M, outputs), size, whole = out.shape, matrix.shape[0], (False, columns)
         before, after = (None, rotation) if transposed else (rotation, None)
         part = split(M, self.scratch // (columns * (x.element_size() + 4)))
         made = z is None and not (before is None and inner == whole and _is_middle(x, columns))
-        middle = x.new_empty(part, columns) if made else None
+        buffer = x.new_empty(part, columns) if made else None
         written = bias is None and outer == whole and _is_middle(out, columns)
         values = None if written else x.new_empty(part, columns, dtype=torch.float32)
         turned = None if after is None else x.new_empty(part, columns, dtype=torch.float32)
@@ -56,8 +54,8 @@ class Composed(NamedTuple):
             Z = X
             if z is not None:
                 Z = cut(z, start, rows)
-            elif middle is not None:
-                Z = cut(middle, 0, rows)
+            elif buffer is not None:
+                Z = cut(buffer, 0, rows)
             if Z is not X:
                 self.compress(Z, X, *inner, before, False)
             V = Y if values is None else cut(values, 0, rows)
@@ -111,24 +109,23 @@ def onto_base(
     matrix: Tensor,
     scaling: float,
     bias: Tensor | None,
-    inner: Walk,
-    outer: Walk,
-    columns: int,
-    rotation: Tensor | None,
+    middle: Middle,
 ) -> None:
     """The row `mora`: what `alone` makes in fp32 is spread in the epilogue of the product with the base. With
     several blocks, which keep no z, it is as wide as x: `most` rows at a time, for which the base is decoded
     or streamed anew."""
     M = x.shape[0]
     if weight is None:
-        alone(out, z, x, transposed, matrix, scaling, bias, inner, outer, columns, rotation)
+        alone(out, z, x, transposed, matrix, scaling, bias, middle)
         return
+    columns, outer = middle.columns, middle.outer
+    to_middle = middle._replace(outer=(False, columns))
     step = M if most is None or columns == matrix.shape[0] else split(M, most)
     values = x.new_empty(min(M, step), columns, dtype=torch.float32)
     for start in range(0, M, max(1, step)):
         rows = min(step, M - start)
         X, Y, V = cut(x, start, rows), cut(out, start, rows), cut(values, 0, rows)
-        alone(V, z, X, transposed, matrix, scaling, None, inner, (False, columns), columns, rotation)
+        alone(V, z, X, transposed, matrix, scaling, None, to_middle)
         if isinstance(weight, Tensor):
             matmul_dense(Y, X, weight, transposed, None, None, bias, (V, *outer))
         else:

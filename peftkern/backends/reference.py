@@ -10,7 +10,7 @@ from torch import Tensor
 from peftkern import reference
 from peftkern.backends import Backend, Call, Mask, Spread, Weight4
 from peftkern.backends.linear import ComposedLinear, product_by_product
-from peftkern.backends.mora import Composed, onto_base
+from peftkern.backends.mora import ComposedMora, onto_base
 from peftkern.formats import DoubleQuant, QuantizedWeight
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -101,7 +101,7 @@ def supports(call: Call) -> str | None:
 
 
 _LINEAR = ComposedLinear(matmul, matmul_dense, partial(product_by_product, matmul))
-_MORA = Composed(matmul, compress, scratch=1 << 21)
+_MORA = ComposedMora(matmul, compress, scratch=1 << 21)
 
 BACKEND = Backend(
     name="reference",

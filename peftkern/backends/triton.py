@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from peftkern.backends import Backend, Call, Mask, Spread, Walk, Weight4
+from peftkern.backends import Backend, Call, Mask, Middle, Spread, Weight4
 from peftkern.backends.linear import ComposedLinear, gemm_onto, product_by_product
-from peftkern.backends.mora import Composed, onto_base
+from peftkern.backends.mora import ComposedMora, onto_base
 from peftkern.reference import keep_threshold
 
 if TYPE_CHECKING:
@@ -186,7 +186,7 @@ def quantize(weight: Tensor, packed: Tensor, absmax: Tensor, quant_type: str, bl
 
 
 # one block, for some rows at a time
-_COMPOSED = Composed(matmul, compress, scratch=1 << 26)
+_MORA = ComposedMora(matmul, compress, scratch=1 << 26)
 
 
 def mora(
@@ -198,19 +198,16 @@ def mora(
     matrix: Tensor,
     scaling: float,
     bias: Tensor | None,
-    inner: Walk,
-    outer: Walk,
-    columns: int,
-    rotation: Tensor | None,
+    middle: Middle,
 ) -> None:
     """Several blocks: M is turned, not x (triton_kernels/blocks.py), and there is no z. One: composed."""
     from peftkern.triton_kernels import matmul as kernels
 
     (rows, outputs), size = out.shape, matrix.shape[0]
+    _, _, columns, rotation = middle
     if columns == size:
-        base = (_COMPOSED.alone, matmul, matmul_dense, None)
-        ends = (inner, outer, columns, rotation)
-        onto_base(*base, out, z, x, weight, transposed, matrix, scaling, bias, *ends)
+        base = (_MORA.alone, matmul, matmul_dense, None)
+        onto_base(*base, out, z, x, weight, transposed, matrix, scaling, bias, middle)
         return
     if rows == 0 or outputs == 0:
         return
@@ -223,8 +220,8 @@ def mora(
     if dense is not None or weight is None:  # the addend alone, onto which cuBLAS adds
         factor, weight = x[:, :0], x.new_empty((0, outputs) if transposed else (outputs, 0))
     machine = _machine(x.device)
-    middle = (columns // size, scaling)
-    _run(kernels.plan(machine, out, factor, weight, transposed, 1.0, x, u, bias, None, middle), x.device)
+    blocks = (columns // size, scaling)
+    _run(kernels.plan(machine, out, factor, weight, transposed, 1.0, x, u, bias, None, blocks), x.device)
     if dense is not None:
         out.addmm_(x, dense if transposed else dense.t())
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from peftkern import dispatch, reference
-from peftkern.backends import Call, Weight4
+from peftkern.backends import Call, Middle, Weight4
 from peftkern.dispatch import find
 from peftkern.formats import QuantizedWeight
 from peftkern.ops.linear import (
@@ -88,10 +88,8 @@ def _product(
     plan = _plan(kind, size, x.shape[1], outputs)
     out = x.new_empty(rows, outputs)
     z = x.new_empty(rows, size) if keep and plan.blocks == 1 else None
-    columns, table = plan.blocks * size, _table(plan, size, x.device)
-    find("mora", x.device, x.dtype)(
-        out, z, x, weight, False, matrix, scaling, bias, plan.inner, plan.outer, columns, table
-    )
+    middle = Middle(plan.inner, plan.outer, plan.blocks * size, _table(plan, size, x.device))
+    find("mora", x.device, x.dtype)(out, z, x, weight, False, matrix, scaling, bias, middle)
     return out, z
 
 
@@ -113,9 +111,8 @@ def _gradients(
     columns, table = plan.blocks * size, _table(plan, size, dY.device)
     g = dY.new_empty(rows, size) if plan.blocks == 1 and source is not None else None
     if matrix is not None:
-        find("mora", dY.device, dY.dtype)(
-            dx, g, dY, weight, True, matrix, scaling, None, plan.outer, plan.inner, columns, table
-        )
+        middle = Middle(plan.outer, plan.inner, columns, table)
+        find("mora", dY.device, dY.dtype)(dx, g, dY, weight, True, matrix, scaling, None, middle)
     elif g is not None:
         find("compress", dY.device, dY.dtype)(g, dY, *plan.outer, None, False)
     if source is not None:
