@@ -339,6 +339,9 @@ void bind_linear_grad(py::handle dx_object, py::handle da_object, py::handle db_
     p.inner = da ? da->shape[1] : x ? x->shape[1] : a ? a->shape[1] : 0;
   }
   p.rank = da ? da->shape[0] : db ? db->shape[1] : b ? b->shape[1] : t ? t->shape[1] : a ? a->shape[0] : 0;
+  if (int64_t elements; __builtin_mul_overflow(p.rows, p.rank, &elements) || elements > kMostElements)
+    throw py::value_error(
+        text("dY, B: expected at most 2^56 elements of G [M, R], got shape [", p.rows, ", ", p.rank, "]"));
   const auto take = [](Matrix& to, const Given& from, std::initializer_list<int64_t> shape) {
     if (!from) return;
     expect_shape(*from, shape);
@@ -413,7 +416,7 @@ void bind_dropout(py::handle out_object, py::handle x_object, double p, py::hand
   const TensorView x = matrix_view("x", x_object);
   expect_dtype(out, {x.dtype});
   expect_flat(out, x.numel);
-  expect_disjoint(out, x);
+  if (out.data != x.data || !x.contiguous()) expect_disjoint(out, x);
   params.x = matrix(x);
   params.rows = x.shape[0];
   params.columns = x.shape[1];
@@ -706,8 +709,9 @@ void define(py::module_& m) {
         "out[i] = round(code[q[i]] * absmax[i // blocksize]) over the flat index");
   m.def("quantize", bind_quantize, arg("weight"), arg("packed"), arg("absmax"), arg("quant_type"),
         arg("blocksize"), arg("threads"), "Writes packed and absmax from weight.");
-  m.def("dropout", bind_dropout, arg("out"), arg("x"), arg("p"), arg("seed"), arg("start"), arg("threads"),
-        "out = x where the seeded hash keeps it, else 0; start: the number of x's first element");
+  m.def(
+      "dropout", bind_dropout, arg("out"), arg("x"), arg("p"), arg("seed"), arg("start"), arg("threads"),
+      "out = x where the seeded hash keeps it, else 0; start: the number of x's first element; out may be x");
   m.def("compress", bind_compress, arg("out"), arg("x"), arg("grouped"), arg("length"), arg("rotation"),
         arg("inverse").noconvert(), arg("threads"),
         "out[m, q] = the sum of x[m, i] over the columns i that go with q, then blocks of out turned");

@@ -164,8 +164,8 @@ struct MoraGradParams {
   int threads = 1;
 };
 
-// out[m, k] = x[m, k] where hash(seed, start + m * columns + k) < threshold, else 0; out is contiguous, of x's
-// dtype. start + rows * columns fits 63 bits.
+// out[m, k] = x[m, k] where hash(seed, start + m * columns + k) < threshold, else 0; out is contiguous, of
+// x's dtype, and may be x. start + rows * columns fits 63 bits.
 struct DropoutParams {
   Matrix x;
   int64_t rows = 0;

@@ -56,6 +56,23 @@ def dropout(out: Tensor, x: Tensor, p: float, seed: int, start: int, threads: in
 def compress(
     out: Tensor, x: Tensor, grouped: bool, length: int, rotation: Tensor | None, inverse: bool, threads: int
 ) -> None: ...
+def mora(
+    out: Tensor,
+    z: Tensor | None,
+    x: Tensor,
+    matrix: Tensor,
+    transposed: bool,
+    alpha: float,
+    bias: Tensor | None,
+    inner: tuple[bool, int],
+    outer: tuple[bool, int],
+    columns: int,
+    rotation: Tensor | None,
+    threads: int,
+) -> None: ...
+def mora_grad(
+    out: Tensor, grad: Tensor, x: Tensor, alpha: float, columns: int, rotation: Tensor | None, threads: int
+) -> None: ...
 def probe_read(data: Tensor, threads: int) -> int: ...
 def probe_peak(dtype: dtype | str, iterations: int, threads: int) -> float: ...
 def isa_levels() -> list[str]: ...

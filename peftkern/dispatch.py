@@ -150,7 +150,7 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
 
     op is a public op or its name. The arguments are checked as the op checks them and nothing is computed.
     It speaks of that call, the forward pass: backward chooses where and when it runs, among these primitives
-    and output_grads, mora_grad and compress.
+    and linear_grad, mora_grad and compress.
     Raises ValueError for an unknown op, and what the op itself raises for bad arguments.
     """
     name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))

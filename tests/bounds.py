@@ -272,8 +272,9 @@ def turned_grad(
     """dM of several blocks on triton, in fp32: r̂ columns of dY with the block of x̃ that they meet, turned.
 
     A term g x cos is rounded in its product, by at most M - 1 sums over the rows, by the turn's table,
-    product and sum, by at most M sums for each r̂ columns over the parts of the rows, and twice by scaling.
-    The sizes are those of the terms, because parts are turned before they are added up.
+    product and sum, by one sum for each part of the rows of each r̂ columns, and twice by scaling; where
+    nothing is turned, one program may add up all rows of all blocks. The sizes are those of the terms,
+    because parts are turned before they are added up.
     """
     (M, outputs), blocks = grad.shape, -(-grad.shape[1] // rank)
     D = torch.nn.functional.pad(grad.double(), (0, blocks * rank - outputs)).view(M, blocks, rank)
@@ -298,7 +299,8 @@ def turned_grad(
         for power in (1.0, 2.0)
         for P, swapped in (product(power),)
     )
-    count = M * (blocks + 1) + 5
+    parts = -(-M // 256)  # each of so many rows at least
+    count = 5 + (M * blocks if turns is None else M + blocks * parts)
     gamma = count * U32 / (1.0 - count * U32)
     flushed = FLUSHED * (D.abs().sum((0, 1)).unsqueeze(1) + X.abs().sum((0, 1)) + count * blocks)
     error = abs(scaling) * (gamma * size + 2.0 * flushed)

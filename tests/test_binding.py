@@ -952,10 +952,27 @@ def test_dropout_starts_anywhere(dtype: torch.dtype, isa: str) -> None:
             part = nan(end - begin, columns, dtype=dtype)
             _cpu.dropout(part, apart(x[begin:end], "strided"), 0.4, -5, first + begin * columns, 1)
             assert torch.equal(part, whole[begin:end]), (first, begin)
+    in_place = x.clone()
+    _cpu.dropout(in_place, in_place, 0.4, -5, first, 2)
+    assert torch.equal(in_place, whole)
+    with pytest.raises(ValueError, match="out: expected memory apart"):
+        _cpu.dropout(in_place.view(-1)[:30].view(5, 6), in_place.view(-1)[:30].view(6, 5).t(), 0.4, -5, 0, 1)
     moved = nan(rows, columns, dtype=dtype)
     _cpu.dropout(moved, x, 0.4, -5, 2**32 + 12345, 1)  # the high half of the index counts
     _cpu.dropout(whole, x, 0.4, -5, 12345, 1)
     assert not torch.equal(moved, whole)
+
+
+def test_sizes_that_no_memory_could_hold() -> None:
+    """Expanded tensors have as many elements as they like; what is made of them is refused, not wrapped."""
+    one = torch.zeros(1, 1)
+    with pytest.raises(ValueError, match=r"x: expected at most 2\^56 elements, got shape \[1, 46116"):
+        _cpu.matmul(one.clone(), one.expand(1, 2**62), one, False, 1.0, None, None, None, None, 1)
+    for rows in (2**31, 2**40):
+        dA, x = torch.empty(rows, 0), torch.empty(rows, 0)
+        dY, B = one.expand(rows, 1), one.expand(1, rows)
+        with pytest.raises(ValueError, match=r"dY, B: expected at most 2\^56 elements of G"):
+            _cpu.linear_grad(None, dA, None, None, dY, x, None, None, B, None, 1.0, 1)
 
 
 @pytest.mark.parametrize("threads", [1, 3])

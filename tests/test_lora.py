@@ -19,6 +19,8 @@ from torch.utils.checkpoint import checkpoint
 
 import peftkern
 from peftkern import QuantizedWeight, dispatch, lora_delta, lora_linear, merge, reference
+from peftkern.backends import dropout as dropped_by_rows
+from peftkern.backends import parts
 
 
 def make(
@@ -53,6 +55,39 @@ def test_values_and_gradients(case: Case, backend: str) -> None:
     for (name, tensor), gradient in zip(inputs.items(), found, strict=True):
         assert gradient.dtype == tensor.dtype, name
         bounds.check(name, unbatched(gradient) if name == "x" else gradient, expected[name], case.independent)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("most", [1, 4, 7])
+def test_dropout_in_parts(
+    most: int, dense: bool, dtype: torch.dtype, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At most so many of 17 rows go through a buffer at a time, as thousands of a layer do: the last part is
+    a shorter one, and each has its own place in the mask."""
+    whole = parts.split
+    monkeypatch.setattr(dropped_by_rows, "split", lambda rows, limit: whole(rows, min(limit, most)))
+    o = make(M=17, dtype=dtype)
+    W = torch.randn(40, 96).to(dtype)
+    weight = W if dense else peftkern.quantize_4bit(W)
+    found = []
+    for threads in (1, 2):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            torch.manual_seed(7)
+            y = lora_linear(o["x"], weight, o["lora_A"], o["lora_B"], 0.75, None, 0.3)
+            torch.manual_seed(7)
+            mask = reference.dropout_mask(reference.draw_seed(y.device), (17, 96), 0.3, y.device)
+            grad = torch.linspace(-1.0, 1.0, y.numel()).view(y.shape).to(dtype)
+            wanted = [o[name] for name in ("x", "lora_A", "lora_B")]
+            found.append([y.detach(), *torch.autograd.grad(y, wanted, grad)])
+        finally:
+            torch.set_num_threads(before)
+    expected = bounds.linear(o["x"], weight, None, grad, o["lora_A"], o["lora_B"], 0.75, 0.3, mask)
+    for name, one, two in zip(("y", "x", "lora_A", "lora_B"), *found, strict=True):
+        bounds.check(name, one, expected[name], mean=False)
+        assert dense or backend == "reference" or torch.equal(one, two), name
 
 
 @settings(max_examples=15)
@@ -270,9 +305,11 @@ def test_dropout_keeps_its_share() -> None:
     assert abs(kept.double().mean().item() - 0.75) < 5 * (0.1875 / kept.numel()) ** 0.5
 
 
-def test_dropout_of_one_is_the_base_alone(backend: str) -> None:
+@pytest.mark.parametrize(("dropout", "scaling"), [(1.0, 1.0), (1.0 - 2.0**-53, 1e30)])
+def test_dropout_of_one_is_the_base_alone(dropout: float, scaling: float, backend: str) -> None:
+    """Or so near to one that nothing is kept."""
     o, weight = make(), quantized()
-    y = lora_linear(o["x"], weight, o["lora_A"], o["lora_B"], 1.0, o["bias"], 1.0)
+    y = lora_linear(o["x"], weight, o["lora_A"], o["lora_B"], scaling, o["bias"], dropout)
     assert torch.equal(y, peftkern.linear_4bit(o["x"], weight, o["bias"]))
     for name, gradient in zip(o, torch.autograd.grad(y.sum(), list(o.values())), strict=True):
         assert bool(gradient.isfinite().all()), name
@@ -624,6 +661,11 @@ BAD: list[tuple[dict[str, object], type[Exception], str]] = [
     ({"dropout": 1.1}, ValueError, r"dropout: expected a probability in \[0, 1\], got 1.1"),
     ({"dropout": torch.nan}, ValueError, r"dropout: expected a probability in \[0, 1\], got nan"),
     ({"dropout": None}, TypeError, "dropout: expected a number, got NoneType"),
+    (
+        {"dropout": 0.99, "scaling": 1e37},
+        ValueError,
+        r"scaling: expected scaling / \(1 - dropout\) in float32",
+    ),
 ]
 
 

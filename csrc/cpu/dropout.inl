@@ -1,8 +1,8 @@
 // out[m, k] = x[m, k] where hash(seed, start + m K + k) < threshold, else 0.
 //
 // The hash is the one that reference.dropout_mask states; it depends on the seed and the row-major index
-// alone, so that rows of a larger x, whose first element is number `start`, are dropped as within it. About 25 integer operations for an element, vectorised by the compiler: the memory's pace from AVX2
-// on.
+// alone, so that rows of a larger x, whose first element is number `start`, are dropped as within it. out may
+// be x. About 25 integer operations for an element, vectorised by the compiler: 0.7 cycles with AVX-512.
 #pragma once
 
 #include "cpu/decode.inl"

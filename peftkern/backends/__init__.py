@@ -1,6 +1,8 @@
 """Rows of primitives: what a backend offers to the dispatcher, and the one calling convention they share.
 
 A primitive writes into `out`, which the caller allocated; it allocates nothing that outlives the call.
+matmul is no row: it is what a backend makes its rows of, and what those that are composed are given
+(linear.py, mora.py; a backend that masks nothing as it loads takes dropout.py for `mask`).
 
     matmul(out, x, weight, transposed, alpha, t, u, bias, spread, mask)
         out[m, o] = alpha * (sum_c x[m, c] w(o, c) + sum_r t[m, r] u[o, r]) + bias[o] + s(m, o)
@@ -92,7 +94,7 @@ class Call(NamedTuple):
 
     primitive: str
     device: torch.device
-    # of x for matmul, linear, compress and mora, of dY for the gradients, of out for dequantize, of weight
+    # of x for linear, compress and mora, of dY for the gradients, of out for dequantize, of weight
     # for quantize
     dtype: torch.dtype
     # nothing depends on it but the words of `explain`: W is dense, and the vendor's GEMM multiplies it

@@ -13,10 +13,10 @@ from peftkern.backends.parts import cut, split
 
 class Masked(NamedTuple):
     """`matmul` with a mask, by a matmul that has none: some rows of the masked operand at a time are dropped
-    into a buffer, so that there is never a second one."""
+    into a buffer of `scratch` bytes at most, or one row; of the addend to a 4-bit W, `rows` in fp32."""
 
     plain: Primitive
-    dropout: Primitive
+    dropout: Primitive  # (out, x, p, seed, start); out may be x
     scratch: int  # bytes of such a buffer
     rows: int  # of x, for which a 4-bit W is decoded anew
 
@@ -103,11 +103,11 @@ class Masked(NamedTuple):
         if columns == 0:
             return
         part = self._part(M, columns, 4) if isinstance(weight, Tensor) else split(M, self.rows)
-        product, kept = (x.new_empty(part, columns, dtype=torch.float32) for _ in range(2))
+        addend = x.new_empty(part, columns, dtype=torch.float32)
         for start in range(0, M, part):
             rows = min(part, M - start)
-            V, D, X = cut(product, 0, rows), cut(kept, 0, rows), cut(x, start, rows)
+            V, X = cut(addend, 0, rows), cut(x, start, rows)
             self.plain(V, cut(t, start, rows), u, False, 1.0, None, None, None, None)
-            self.dropout(D, V, p, seed, start * columns)
-            spread = (D, False, columns)
+            self.dropout(V, V, p, seed, start * columns)
+            spread = (V, False, columns)
             self.plain(cut(out, start, rows), X, weight, transposed, 1.0, None, None, bias, spread)

@@ -19,6 +19,7 @@ from peftkern import dispatch
 from peftkern.backends import Call, Weight4
 from peftkern.dispatch import find
 from peftkern.formats import QuantizedWeight
+from peftkern.reference import keep_threshold
 
 DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 PLAIN = frozenset((Tensor, torch.nn.Parameter))
@@ -101,11 +102,15 @@ def check_scaling(scaling: float) -> None:
         raise ValueError(f"scaling: expected a finite number in float32's range, got {scaling}")
 
 
-def check_dropout(dropout: float) -> None:
+def check_dropout(dropout: float, scaling: float = 1.0) -> None:
     if not isinstance(dropout, _REAL):
         raise TypeError(f"dropout: expected a number, got {type(dropout).__name__}")
     if not 0.0 <= dropout <= 1.0:
         raise ValueError(f"dropout: expected a probability in [0, 1], got {dropout}")
+    if abs(_alpha(scaling, dropout)) > _FLOAT32_MAX:
+        raise ValueError(
+            f"scaling: expected scaling / (1 - dropout) in float32's range, got {scaling} and {dropout}"
+        )
 
 
 def refuse(
@@ -210,10 +215,11 @@ def weight4(
 
 
 def _alpha(scaling: float, p: float) -> float:
-    """s / (1 - p): dropout's scale rides along with the adapter's, so that the mask itself rounds nothing."""
+    """s / (1 - p): dropout's scale rides along with the adapter's, so that the mask itself rounds nothing. 0
+    where nothing is kept."""
     if p == 0.0:
         return scaling
-    return scaling / (1.0 - p) if p < 1.0 else 0.0
+    return scaling / (1.0 - p) if keep_threshold(p) else 0.0
 
 
 def _product(

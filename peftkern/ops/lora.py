@@ -35,7 +35,7 @@ def _check(
     if bias is not None:
         check_tensor("bias", bias, (rows,), device)
     check_scaling(scaling)
-    check_dropout(dropout)
+    check_dropout(dropout, scaling)
     return dtype
 
 
@@ -59,16 +59,19 @@ def lora_linear(
     written to Y first and torch's own GEMM adds to it, which costs one more rounding to x's dtype; its bits
     are torch's, and in fp32 they may depend on the thread count, while with a QuantizedWeight they do not.
 
-    Backward, with G = s · dY B: dX = dY W + G A, dA = Gᵀ X, dB = dYᵀ T, dbias = Σ dY, each in its own
-    parameter's dtype, and only those that are asked for. A QuantizedWeight is frozen; a dense W that requires
-    grad gets dW = dYᵀ X. Saved: x, A, B, T and the weight by reference, never a dequantized W. First
-    derivatives in reverse mode only: double backward and forward mode raise RuntimeError.
+    Backward, with p = dropout, drop(·) the mask alone and G = s / (1 - p) · dY B: dX = dY W + drop(G A),
+    dA = Gᵀ drop(X), dB = dYᵀ T, dbias = Σ dY, each in its own parameter's dtype, and only those that are
+    asked for. A QuantizedWeight is frozen; a dense W that requires grad gets dW = dYᵀ X. Saved: x, A, B, T
+    and the weight by reference, never a dequantized W. First derivatives in reverse mode only: double
+    backward and forward mode raise RuntimeError.
 
     dropout acts on the adapter's input alone, always (training or not is the caller's business). Its seed is
     drawn from torch's generator of x's device, so manual_seed repeats it and checkpointing replays it;
-    backward rebuilds the mask from the seed. Under torch.autocast x and a dense W are cast as F.linear casts
-    them; the adapters are brought to that dtype inside the product and keep their own dtype for their
-    gradients.
+    backward rebuilds the mask from the seed. No dropped copy of x is made: triton masks as it loads, the
+    others drop some rows at a time, 2 MB of x (or a row) and, for dX, 384 rows of G A in fp32.
+
+    Under torch.autocast x and a dense W are cast as F.linear casts them; the adapters are brought to that
+    dtype inside the product and keep their own dtype for their gradients.
 
     Raises TypeError or ValueError naming the argument; RuntimeError when a forced backend cannot run the
     call. Method: LoRA, Hu et al., arXiv 2106.09685; QLoRA, Dettmers et al., arXiv 2305.14314.
