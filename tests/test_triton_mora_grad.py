@@ -112,7 +112,7 @@ def test_every_tile(
         first, last = mora_grad.plan(launch.Machine(capability, 6), dM, dY, x, -2.0, 320, rotation)
         assert (first.kernel, last.kernel) == (mora_grad.mora_grad, mora_grad.finish_mora_grad)
         covering = -(-160 // tile.outputs) * -(-160 // tile.rows)
-        assert first.grid == (covering * (9 if turned else 3),)
+        assert first.grid == (9 if turned else 3, covering)
         first.run()
         last.run()
         check(dM, dY, x, -2.0, 320, turned)

@@ -48,9 +48,8 @@ def mora_grad(
     beyond M's are empty; of_x: n. ALIGN: a power of two that divides size and the columns."""
     inputs = inputs // ALIGN_X * ALIGN_X
     outputs = outputs // ALIGN_Y * ALIGN_Y
+    part, tile = tl.program_id(0), tl.program_id(1)
     tiles_j = tl.cdiv(size, BLOCK_J)
-    tiles = tl.cdiv(size, BLOCK_I) * tiles_j
-    tile, part = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     first_i, first_j = tile // tiles_j * BLOCK_I, tile % tiles_j * BLOCK_J
     first = part * steps_per_part
     last = tl.minimum(first + steps_per_part, blocks * steps)
@@ -113,7 +112,7 @@ class _Fixed(NamedTuple):
     """The launches of a plan without their tensors."""
 
     tile: Tile
-    grid: tuple[int]  # one axis: the others end at 65535
+    grid: tuple[int, int]  # parts, of which there may be many: the second axis ends at 65535; tiles
     arguments: dict[str, Any]
     parts: tuple[int, int, int] | None  # their shape, unless the first launch writes dM
     finish_grid: tuple[int, int]
@@ -169,7 +168,7 @@ def _fixed(
     }
     return _Fixed(
         tile,
-        (-(-size // tile.outputs) * -(-size // tile.rows) * count,),
+        (count, -(-size // tile.outputs) * -(-size // tile.rows)),
         arguments,
         None if whole else (count, size, size),
         (size, -(-half // finish["COLUMNS"])),
