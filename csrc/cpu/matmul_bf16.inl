@@ -212,9 +212,10 @@ struct DotRow {
   const float* absmax;
 };
 
-// `ahead`: which bytes to prefetch, to L1 where rows of W take turns, else to L2, far ahead.
+// `ahead`: which bytes to prefetch, to L1 where rows of W take turns, else to L2, far ahead. A function of its
+// own: what it would be inlined into takes registers from its loop, 10 % of M = 4.
 template <int M, int R>
-inline void dot_rows_4bit(const MatmulParams& p, const DotRow* w, const Bf16* x, int64_t begin, int64_t end,
+__attribute__((noinline)) void dot_rows_4bit(const MatmulParams& p, const DotRow* w, const Bf16* x, int64_t begin, int64_t end,
                           int64_t ahead, __m512* sums) {
   const __m512 code = _mm512_loadu_ps(code_table(p.weight4.quant_type));
   const __m512i codes = bf16_pair(code, code);
@@ -424,6 +425,13 @@ inline bool dot_applies(const MatmulParams& p, int64_t most) {
   return p.rows <= (p.outputs <= 16 ? most : min_of(most, kDotGroup));
 }
 
+// Rows of u meet the sums last, a few bytes each: on their own they would wait for memory one after another.
+inline void prefetch_u(const MatmulParams& p, int64_t o0, int64_t rows) {
+  const int64_t size = p.u.dtype == DType::f32 ? 4 : 2;
+  for (int64_t r = 0; p.u.stride1 == 1 && r < rows; ++r)
+    prefetch_bytes(p.u.data, (o0 + r) * p.u.stride0 * size, p.rank * size);
+}
+
 inline void run_dot_bf16(const MatmulParams& p) {
   const double work =
       static_cast<double>(p.rows) * static_cast<double>(p.outputs) * static_cast<double>(p.inner);
@@ -471,10 +479,7 @@ inline void run_dot_bf16(const MatmulParams& p) {
                           reinterpret_cast<Bf16*>(mine + buffers.sums + buffers.absmax),
                           &epilogue};
     epilogue.begin(o0, task.rows, columns);
-    // u's rows meet the sums last, a few bytes each: on their own they would wait for memory one after another
-    const int64_t u_size = p.u.dtype == DType::f32 ? 4 : 2;
-    for (int64_t r = 0; p.rank && p.u.stride1 == 1 && r < task.rows; ++r)
-      prefetch_bytes(p.u.data, (o0 + r) * p.u.stride0 * u_size, p.rank * u_size);
+    if (p.rank) prefetch_u(p, o0, task.rows);
     if (four_bit) {
       prefetch_absmax(p.weight4, (o0 + kDotTask) * p.inner, kDotTask * p.inner);
       dot_weights(p, o0, task.rows, reinterpret_cast<float*>(mine + buffers.sums), w);
