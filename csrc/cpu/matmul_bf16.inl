@@ -215,8 +215,8 @@ struct DotRow {
 // `ahead`: which bytes to prefetch, to L1 where rows of W take turns, else to L2, far ahead. A function of its
 // own: what it would be inlined into takes registers from its loop, 10 % of M = 4.
 template <int M, int R>
-__attribute__((noinline)) void dot_rows_4bit(const MatmulParams& p, const DotRow* w, const Bf16* x, int64_t begin, int64_t end,
-                          int64_t ahead, __m512* sums) {
+__attribute__((noinline)) void dot_rows_4bit(const MatmulParams& p, const DotRow* w, const Bf16* x,
+                                             int64_t begin, int64_t end, int64_t ahead, __m512* sums) {
   const __m512 code = _mm512_loadu_ps(code_table(p.weight4.quant_type));
   const __m512i codes = bf16_pair(code, code);
   const bool units_of_32 = p.weight4.log2_blocksize == 5;
