@@ -67,8 +67,8 @@ def lora_linear(
 
     dropout acts on the adapter's input alone, always (training or not is the caller's business). Its seed is
     drawn from torch's generator of x's device, so manual_seed repeats it and checkpointing replays it;
-    backward rebuilds the mask from the seed. No dropped copy of x is made: triton masks as it loads, the
-    others drop some rows at a time, 2 MB of x (or a row) and, for dX, 384 rows of G A in fp32.
+    backward rebuilds the mask from the seed. No dropped copy of x is made (but on reference): triton masks as
+    it loads, cpu drops some rows at a time, 2 MB of x (or a row) and, for dX, 384 rows of G A in fp32.
 
     Under torch.autocast x and a dense W are cast as F.linear casts them; the adapters are brought to that
     dtype inside the product and keep their own dtype for their gradients.
