@@ -160,7 +160,7 @@ def lora_linear(
     if dropout > 0.0:
         mask = dropout_mask(draw_seed(x.device) if seed is None else seed, x.shape, dropout, x.device)
         dropped = torch.where(mask, wide, 0.0)
-    t = matmul(dropped, lora_A, alpha=scaling / (1.0 - dropout) if dropout < 1.0 else 0.0)
+    t = matmul(dropped, lora_A, alpha=adapter_scale(scaling, dropout))
     return matmul(wide, weight, t=t, u=lora_B, bias=bias).to(x.dtype)
 
 
@@ -429,6 +429,14 @@ def _mix(x: Tensor) -> Tensor:
 def keep_threshold(p: float) -> int:
     """How many of the 2^32 hash values are kept: round((1 - p) 2^32)."""
     return round((1.0 - p) * 2.0**32)
+
+
+def adapter_scale(scaling: float, p: float) -> float:
+    """s / (1 - p), 0 where nothing is kept: dropout's scale rides along with the adapter's, so that the mask
+    itself rounds nothing."""
+    if p == 0.0:
+        return scaling
+    return scaling / (1.0 - p) if keep_threshold(p) else 0.0
 
 
 def dropout_mask(

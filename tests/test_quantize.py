@@ -7,8 +7,10 @@ import inspect
 import math
 import mmap
 import os
+import re
 from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import bitsandbytes.functional as F
@@ -20,6 +22,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+import peftkern
 from peftkern import (
     QuantizedWeight,
     dequantize_4bit,
@@ -527,3 +530,26 @@ def test_meta_device_computes_shapes() -> None:
     assert weight.device.type == "meta"
     assert (weight.packed.shape, weight.absmax.shape) == ((8,), (1,))
     assert dequantize_4bit(weight).shape == (3, 5)
+
+
+@pytest.mark.skipif(cpu.missing() is not None, reason=str(cpu.missing()))
+def test_large_results_ask_for_huge_pages() -> None:
+    """The middle of what quantize_4bit leaves lies in memory that was advised so: "hg" in its VmFlags."""
+    try:
+        lines = Path("/proc/self/smaps").read_text().splitlines()
+    except OSError as error:
+        pytest.skip(f"no /proc/self/smaps: {error}")
+    if not any(line.startswith("VmFlags:") for line in lines):
+        pytest.skip("this kernel's smaps has no VmFlags")
+    if not Path("/sys/kernel/mm/transparent_hugepage").exists():
+        pytest.skip("this kernel has no transparent huge pages")
+    with peftkern.use_backend("cpu"):
+        packed = peftkern.quantize_4bit(torch.randn(4096, 4096)).packed
+    middle, inside = packed.data_ptr() + packed.nbytes // 2, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(found[1], 16) <= middle < int(found[2], 16)
+        elif inside and line.startswith("VmFlags:"):
+            assert "hg" in line.split()
+            return
+    raise AssertionError("packed lies in no mapping")

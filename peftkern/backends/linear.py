@@ -68,11 +68,12 @@ class ComposedLinear(NamedTuple):
         dropout: Dropout | None,
     ) -> None:
         """Beside the gradients: G [M, R] of dY's dtype."""
-        adapted = B is not None and (dx is not None or dA is not None)
-        G = dY.new_empty(dY.shape[0], B.shape[1]) if adapted and B is not None else None
-        T = None if dB is None else T
+        G = None
+        if B is not None and (dx is not None or dA is not None):
+            G = dY.new_empty(dY.shape[0], B.shape[1])
         if G is not None or dB is not None or dbias is not None:
-            self.output_grads(G, dB, dbias, dY, None if G is None else B, T, scaling)
+            given = None if G is None else B, None if dB is None else T
+            self.output_grads(G, dB, dbias, dY, *given, scaling)
         if dA is not None:
             assert G is not None
             mask = None if dropout is None else ("weight", *dropout)

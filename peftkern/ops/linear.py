@@ -19,7 +19,7 @@ from peftkern import dispatch
 from peftkern.backends import Call, Weight4
 from peftkern.dispatch import find
 from peftkern.formats import QuantizedWeight
-from peftkern.reference import keep_threshold
+from peftkern.reference import adapter_scale
 
 DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 PLAIN = frozenset((Tensor, torch.nn.Parameter))
@@ -107,7 +107,7 @@ def check_dropout(dropout: float, scaling: float = 1.0) -> None:
         raise TypeError(f"dropout: expected a number, got {type(dropout).__name__}")
     if not 0.0 <= dropout <= 1.0:
         raise ValueError(f"dropout: expected a probability in [0, 1], got {dropout}")
-    if abs(_alpha(scaling, dropout)) > _FLOAT32_MAX:
+    if abs(adapter_scale(scaling, dropout)) > _FLOAT32_MAX:
         raise ValueError(
             f"scaling: expected scaling / (1 - dropout) in float32's range, got {scaling} and {dropout}"
         )
@@ -214,14 +214,6 @@ def weight4(
     return packed, absmax, (absmax2, code, offset, blocksize2), quant_type, blocksize, rows, columns
 
 
-def _alpha(scaling: float, p: float) -> float:
-    """s / (1 - p): dropout's scale rides along with the adapter's, so that the mask itself rounds nothing. 0
-    where nothing is kept."""
-    if p == 0.0:
-        return scaling
-    return scaling / (1.0 - p) if keep_threshold(p) else 0.0
-
-
 def _product(
     x: Tensor,
     A: Tensor | None,
@@ -235,7 +227,7 @@ def _product(
     """Y = X Wᵀ + T Bᵀ + b [M, N]; T = s / (1 - p) · dropout(X) Aᵀ [M, R], None where there is no adapter."""
     y, T = _outputs(x, A, weight)
     dropout = None if seed is None else (p, seed)
-    find("linear", x.device, x.dtype)(y, T, x, weight, A, B, _alpha(scaling, p), dropout, bias)
+    find("linear", x.device, x.dtype)(y, T, x, weight, A, B, adapter_scale(scaling, p), dropout, bias)
     return y, T
 
 
@@ -268,7 +260,7 @@ def _gradients(
     found = _gradients_of(dY, x, B, T, dtypes, weight)
     dropout = None if seed is None else (p, seed)
     row = find("linear_grad", dY.device, dY.dtype)
-    row(*found, dY, x, weight, A, B, T, _alpha(scaling, p), dropout)
+    row(*found, dY, x, weight, A, B, T, adapter_scale(scaling, p), dropout)
     return found
 
 
