@@ -549,18 +549,26 @@ class Matmul {
 // The register tiles of a kernel type with vector arithmetic: K::tile<R, V> holds R * V <= K::kAccumulators
 // vectors. A's rows are a_stride apart, its steps of the contraction a_step.
 template <class K, int V, int R>
+inline void tile_of(int64_t rows, int64_t pairs, const typename K::Elem* a, int64_t a_stride, int64_t a_step,
+                    const typename K::Elem* b, int64_t b_stride, float* c, int64_t c_stride, bool empty) {
+  if constexpr (R > 1) {
+    if (rows < R)
+      return tile_of<K, V, R - 1>(rows, pairs, a, a_stride, a_step, b, b_stride, c, c_stride, empty);
+  }
+  K::template tile<R, V>(pairs, a, a_stride, a_step, b, b_stride, c, c_stride, empty);
+}
+
+// Tiles of at most R rows, as even as may be: in a tile of few sums each product waits for the one before.
+template <class K, int V, int R>
 inline void tile_rows(int64_t rows, int64_t pairs, const typename K::Elem* a, int64_t a_stride,
                       int64_t a_step, const typename K::Elem* b, int64_t b_stride, float* c, int64_t c_stride,
                       bool empty) {
-  while (rows >= R) {
-    K::template tile<R, V>(pairs, a, a_stride, a_step, b, b_stride, c, c_stride, empty);
-    a += R * a_stride;
-    c += R * c_stride;
-    rows -= R;
-  }
-  if constexpr (R > 1) {
-    if (rows)
-      tile_rows<K, V, R == 3 ? 2 : R / 2>(rows, pairs, a, a_stride, a_step, b, b_stride, c, c_stride, empty);
+  for (int64_t tiles = ceil_div(rows, R); tiles; --tiles) {
+    const int64_t n = ceil_div(rows, tiles);
+    tile_of<K, V, R>(n, pairs, a, a_stride, a_step, b, b_stride, c, c_stride, empty);
+    a += n * a_stride;
+    c += n * c_stride;
+    rows -= n;
   }
 }
 
