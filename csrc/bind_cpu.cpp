@@ -603,6 +603,12 @@ DType dtype_named(py::handle object) {
   throw py::value_error(text("dtype: expected float32, bfloat16 or float16, got ", name));
 }
 
+void bind_renew_pages(py::handle tensor) {
+  const TensorView data = view("data", tensor);
+  expect_flat(data, data.numel);
+  renew_pages(data.data, static_cast<size_t>(data.bytes));
+}
+
 uint64_t probe_read(py::handle tensor, int threads) {
   ProbeParams p;
   double operations;
@@ -722,6 +728,8 @@ void define(py::module_& m) {
   m.def("mora_grad", bind_mora_grad, arg("out"), arg("grad"), arg("x"), arg("alpha"), arg("columns"),
         arg("rotation"), arg("threads"),
         "out = alpha * the sum over rows and blocks of gᵀ z, the middles of grad and of x, turned");
+  m.def("renew_pages", bind_renew_pages, arg("data"),
+        "Gives data, whose contents are lost, fresh pages: huge ones, where it is large enough.");
   m.def("probe_read", probe_read, arg("data"), arg("threads"), "Reads every byte once; a checksum.");
   m.def("probe_peak", probe_peak, arg("dtype"), arg("iterations"), arg("threads"),
         "Products in registers at the active level; the number of operations done, in 1e9.");

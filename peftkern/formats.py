@@ -28,6 +28,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from peftkern.backends import cpu
+
 # The only copy in Python (csrc/format.h holds the only one in C++). Each literal is an fp32 value, exactly.
 # NF4: quantiles of N(0, 1) scaled to [-1, 1], ascending. FP4: bit 3 is the sign, the magnitudes are
 # {0, 1/16, 8, 12, 4, 6, 2, 3} / 12, and nibble 8 is +0.
@@ -89,7 +91,7 @@ def _dynamic_code() -> tuple[float, ...]:
     """The signed dynamic 8-bit map: 2^e midpoints of [0.1, 1] × 10^(e-6) for e = 0…6, ±; 0; 1; sorted."""
     values = [0.0, 1.0]
     for exponent in range(7):
-        edges = torch.linspace(0.1, 1.0, 2**exponent + 1, dtype=torch.float32)
+        edges = torch.linspace(0.1, 1.0, 2**exponent + 1, dtype=torch.float32, device="cpu")
         magnitudes = (edges[:-1] + edges[1:]) / 2.0 * 10.0 ** (exponent - 6)
         values += magnitudes.tolist()
         values += (-magnitudes).tolist()
@@ -286,12 +288,28 @@ class QuantizedWeight:
             self.shape[1],
         )
 
-    def to(self, device: torch.device | str | int) -> QuantizedWeight:
-        """The same weight on `device`; itself when it is there already."""
-        if isinstance(device, torch.dtype) or not isinstance(device, (torch.device, str, int)):
+    def to(self, device: torch.device | str | int, copy: bool = False) -> QuantizedWeight:
+        """The same weight on `device`; itself when it is there already, unless copy=True.
+
+        What this makes of 4 MB and more on the CPU lies in huge pages, where the system gives them to who
+        asks: a cold product of few rows takes some percent less. A weight that was loaded, unpickled or moved
+        with its module has the pages of whoever allocated it: weight.to("cpu", copy=True) gives a copy in
+        huge ones, and the first can be let go.
+
+        Raises TypeError or ValueError naming the argument.
+        """
+        if isinstance(device, (bool, torch.dtype)) or not isinstance(device, (torch.device, str, int)):
             raise TypeError(f"device: expected a device, got {_show(device)}")
+        if not isinstance(copy, bool):
+            raise TypeError(f"copy: expected True or False, got {_show(copy)}")
+        try:
+            place = torch.device(device)
+        except RuntimeError as error:
+            raise _refuse("device", "a device of this machine", repr(device)) from error
+        if place.type == "cpu":
+            place = torch.device("cpu")  # torch takes "cpu:0" for another one, and copies
         leaves, spec = pytree.tree_flatten(self)
-        moved = [leaf.to(device) for leaf in leaves]
+        moved = [_moved(leaf, place, copy) for leaf in leaves]
         if all(new is old for new, old in zip(moved, leaves, strict=True)):
             return self
         weight: QuantizedWeight = pytree.tree_unflatten(moved, spec)
@@ -300,7 +318,7 @@ class QuantizedWeight:
     @classmethod
     def from_bitsandbytes(cls, packed: Tensor, quant_state: Any) -> QuantizedWeight:
         """From bitsandbytes' packed tensor (any quant_storage dtype) and its `QuantState`, nested or not.
-        The memory is shared.
+        The memory is shared; `to` makes a copy in huge pages.
 
         Raises ValueError or TypeError, naming what was found, when the two don't agree, when the weight is
         not a matrix, when the code table is not that of the quant_type, or when bitsandbytes has repacked the
@@ -373,7 +391,9 @@ class QuantizedWeight:
         prefix.nested_absmax, prefix.nested_quant_map fp32 [groups], fp32 [256]               when nested
         prefix.quant_state.bitsandbytes__{quant_type} uint8: JSON of the rest
 
-        The tensors are shared, not copied, but for the tables.
+        The tensors are shared, not copied, but for the tables. safetensors and torch.load(weights_only=True)
+        take them as they are; for a pickled QuantizedWeight the latter wants
+        torch.serialization.safe_globals([QuantizedWeight, DoubleQuant]).
         """
         _check_prefix(prefix)
         nested = self.nested
@@ -394,14 +414,15 @@ class QuantizedWeight:
             record["nested_blocksize"] = nested.blocksize
             record["nested_dtype"] = "float32"
             record["nested_offset"] = nested.offset.item()
-        blob = torch.tensor(list(json.dumps(record).encode()), dtype=torch.uint8)
+        # a default device, "meta" where a model is drawn up, is not for what has data
+        blob = torch.tensor(list(json.dumps(record).encode()), dtype=torch.uint8, device="cpu")
         tensors[f"{prefix}.{_QUANT_STATE}{self.quant_type}"] = blob
         return tensors
 
     @classmethod
     def from_state_dict(cls, tensors: Mapping[str, Tensor], prefix: str) -> QuantizedWeight:
         """The weight that `state_dict(prefix)`, or bitsandbytes' Linear4bit, wrote. Other keys are left
-        alone; the memory is shared.
+        alone; the memory is shared, be it mapped from a file; `to` makes a copy in huge pages.
 
         Every size, dtype, name and number is checked against the tensors that are there before it is used;
         what doesn't agree raises ValueError or TypeError naming the key, what was expected and what came.
@@ -454,6 +475,18 @@ class QuantizedWeight:
             offset = torch.tensor(record["nested_offset"], dtype=torch.float32, device=packed.device)
             nested = DoubleQuant(nested_absmax, nested_code, offset, record["nested_blocksize"])
         return cls(packed, absmax, shape, blobs[0], record["blocksize"], DTYPES[record["dtype"]], nested)
+
+
+def _moved(tensor: Tensor, device: torch.device, copy: bool) -> Tensor:
+    """tensor.to(device, copy=copy); what is new on the CPU asks for huge pages before it is written."""
+    kept = tensor.device.type == "cpu" and not copy
+    if device.type != "cpu" or kept or cpu.missing() is not None or torch.compiler.is_compiling():
+        return tensor.to(device, copy=copy)
+    moved = torch.empty_like(tensor, device=device)
+    # no stand-in for memory: a fake tensor, or one that functorch wraps
+    if type(moved) is Tensor and not torch._C._are_functorch_transforms_active():
+        cpu.renew_pages(moved)
+    return moved.copy_(tensor)
 
 
 def code_table(quant_type: str, device: torch.device | str | None = None) -> Tensor:

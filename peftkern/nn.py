@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -192,9 +193,12 @@ class _AdaptedLinear(nn.Module, ABC):
             unexpected_keys.extend(parts.keys() - weight.state_dict(name).keys())
         if local_metadata.get("assign_to_params_buffers", False):
             self.weight = weight
-        else:
-            device = self.weight.device
-            self.weight = _apply_quantized(lambda tensor: tensor.to(device, copy=True), weight)
+            return
+        device = self.weight.device
+        if device.type == "meta" and weight.device.type != "meta":  # as torch does for parameters
+            text = f"{name}: the module is on the meta device and stays without data, but for assign=True"
+            warnings.warn(text, stacklevel=2)
+        self.weight = weight.to(device, copy=True)
 
     def extra_repr(self) -> str:
         weight = self.weight
@@ -226,7 +230,10 @@ class LoRALinear(_AdaptedLinear):
 
     A QuantizedWeight moves with .to(device); .to(dtype), .half() and the like leave its bytes and scales as
     they are. The state_dict holds it under bitsandbytes' keys ("weight", "weight.absmax", …) and always
-    describes the unmerged module. Raises TypeError or ValueError naming the argument.
+    describes the unmerged module. load_state_dict puts a copy of the state's weight, made as by
+    `QuantizedWeight.to`, in the place of the module's; assign=True takes the state's own.
+
+    Raises TypeError or ValueError naming the argument.
     """
 
     def __init__(
@@ -308,11 +315,12 @@ class MoRALinear(_AdaptedLinear):
 
     The state_dict always describes the unmerged module: the weight (a QuantizedWeight under bitsandbytes'
     keys, "weight", "weight.absmax", …), bias, "matrix", and "mora_type", the type's name as the bytes of a
-    uint8 tensor; loading sets mora_type to it. The adapters that MoRA's authors save (kongds/MoRA, a fork of
-    PEFT) load too: "lora_A.weight" and "lora_B.weight", or "lora_A.default.weight" as a whole model's state
-    names them, with strict=False where the base is not in the file. Their code has one matrix under both
-    names and computes with lora_A; two that differ are refused. The type stands in their config alone, as
-    `mora_type` beside `r`, LoRA's rank, and stays the run's first one there when ReMoRA has switched it.
+    uint8 tensor; loading sets mora_type to it, and takes the weight as LoRALinear does. The adapters that
+    MoRA's authors save (kongds/MoRA, a fork of PEFT) load too: "lora_A.weight" and "lora_B.weight", or
+    "lora_A.default.weight" as a whole model's state names them, with strict=False where the base is not in
+    the file. Their code has one matrix under both names and computes with lora_A; two that differ are
+    refused. The type stands in their config alone, as `mora_type` beside `r`, LoRA's rank, and stays the
+    run's first one there when ReMoRA has switched it.
 
     Raises TypeError or ValueError naming the argument. Method: MoRA, Jiang et al., arXiv 2405.12130.
     """
@@ -377,7 +385,7 @@ class MoRALinear(_AdaptedLinear):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         name = str(self.mora_type).encode()
-        destination[f"{prefix}mora_type"] = torch.tensor(list(name), dtype=torch.uint8)
+        destination[f"{prefix}mora_type"] = torch.tensor(list(name), dtype=torch.uint8, device="cpu")
 
     def _load_from_state_dict(
         self,

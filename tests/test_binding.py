@@ -975,6 +975,24 @@ def test_sizes_that_no_memory_could_hold() -> None:
             _cpu.linear_grad(None, dA, None, None, dY, x, None, None, B, None, 1.0, 1)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="pages are renewed on Linux alone")
+def test_renewed_pages_are_those_of_the_tensor_alone() -> None:
+    """Whole pages of 2 MiB inside it come back fresh, the memory around it stays, whatever the address."""
+    MiB = 1 << 20
+    memory = torch.empty(16 * MiB, dtype=torch.uint8)
+    for begin, size in ((0, 4 * MiB - 1), (5, 8 * MiB + 7), (MiB + 3, 9 * MiB), (3 * MiB, 4 * MiB)):
+        memory.fill_(1)
+        _cpu.renew_pages(memory[begin : begin + size])
+        first, last = memory.data_ptr() + begin, memory.data_ptr() + begin + size
+        first, last = (-(-first // (2 * MiB)) * 2 * MiB - memory.data_ptr(), last // (2 * MiB) * 2 * MiB)
+        last = last - memory.data_ptr() if size >= 4 * MiB else first
+        assert not bool(memory[first:last].any())
+        assert bool(memory[:first].all())
+        assert bool(memory[last:].all())
+    with pytest.raises(ValueError, match="data: expected"):
+        _cpu.renew_pages(memory[::2])
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 def test_probes(threads: int, isa: str) -> None:
     """What benchmarks compare with does what it says, and refuses what it cannot read."""

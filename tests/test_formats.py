@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import math
 import pickle
+import subprocess
+import sys
 import tracemalloc
 import warnings
 from collections.abc import Callable
@@ -19,6 +22,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from peftkern import DoubleQuant, QuantizedWeight, dequantize_4bit, linear_4bit, quantize_4bit, reference
@@ -329,12 +333,36 @@ def test_copies(nested: bool) -> None:
         assert_same(again, weight)
         assert "kernel_args" not in vars(again)  # a file outlives what the kernels take
         assert again.kernel_args[0] is again.packed
+    made = weight.to("cpu", copy=True)
+    assert_same(made, weight)
+    assert not {leaf.data_ptr() for leaf in leaves(made)} & {leaf.data_ptr() for leaf in leaves(weight)}
+    assert weight.to("cpu:0") is weight
     meta = weight.to("meta")
     assert {leaf.device.type for leaf in leaves(meta)} == {"meta"}
     assert meta.kernel_args[0] is meta.packed
-    for bad in (torch.float32, None, 1.5):
+    for bad in (torch.float32, None, 1.5, True):
         with pytest.raises(TypeError, match="device: expected a device"):
             weight.to(bad)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="device: expected a device of this machine, got 'cpuu'"):
+        weight.to("cpuu")
+    with pytest.raises(TypeError, match="copy: expected True or False, got 1"):
+        weight.to("cpu", copy=1)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_copy_under_tracing(nested: bool) -> None:
+    """No hint for the memory of what only stands for memory, and none in a compiled graph."""
+    weight = make(nested=nested)
+    x = torch.ones(())
+
+    def scaled(x: Tensor) -> Tensor:
+        return x * reference.dequantize_4bit(weight.to("cpu", copy=True))
+
+    expected = reference.dequantize_4bit(weight)
+    assert torch.equal(torch.compile(scaled, fullgraph=True, backend="eager")(x), expected)
+    assert torch.equal(torch.func.vmap(scaled)(x[None])[0], expected)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert scaled(torch.ones(())).shape == weight.shape
 
 
 def test_compiled_and_exported_code_sees_the_tensors() -> None:
@@ -382,6 +410,26 @@ def test_safetensors_file(tmp_path: Any) -> None:
         again = QuantizedWeight.from_state_dict(loaded, name)
         assert_same(again, weight)
         assert torch.equal(dequantize_4bit(again), dequantize_4bit(weight))
+
+
+def test_a_file_of_the_object_itself() -> None:
+    """As state_dict's docstring says: with the two classes named, weights_only=True loads it."""
+    weight, file = make(nested=True), io.BytesIO()
+    torch.save(weight, file)
+    file.seek(0)
+    with torch.serialization.safe_globals([QuantizedWeight, DoubleQuant]):
+        assert_same(torch.load(file, weights_only=True), weight)
+
+
+def test_under_a_default_device() -> None:
+    """What has data has all of it on its own device, in a context that draws up models on another one."""
+    weight = make(nested=True)
+    with torch.device("meta"):
+        state = weight.state_dict("w")
+    assert {tensor.device.type for tensor in state.values()} == {"cpu"}
+    assert_same(QuantizedWeight.from_state_dict(state, "w"), weight)
+    code = "import torch\nwith torch.device('meta'):\n    import peftkern"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def at_address(tensor: Tensor, address: int) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import peftkern
 from peftkern import QuantizedWeight, lora_linear
-from peftkern.nn import LoRALinear
+from peftkern.nn import LoRALinear, MoRALinear
 
 K, N, R = 96, 40, 4
 
@@ -193,6 +193,24 @@ def test_change_of_device() -> None:
     assert isinstance(empty.weight, QuantizedWeight)
     assert empty.weight.device.type == "cpu"
     assert empty.weight.packed.dtype == torch.uint8
+
+
+def test_loading_on_the_meta_device_warns() -> None:
+    """As torch warns of each parameter; assign=True brings the data."""
+    state = {key: value for key, value in layer().state_dict().items() if key.startswith("weight")}
+    module = layer(bias=False).to("meta")
+    with pytest.warns(UserWarning, match="weight: the module is on the meta device and stays without data"):
+        module.load_state_dict(state, strict=False)
+    assert module.weight.device.type == "meta"
+    module.load_state_dict(state, strict=False, assign=True)
+    assert module.weight.device.type == "cpu"
+
+
+@pytest.mark.parametrize("module", [layer(), MoRALinear(K, N)], ids=["lora", "mora"])
+def test_state_dict_under_a_default_device(module: nn.Module) -> None:
+    with torch.device("meta"):
+        state = module.state_dict()
+    assert {value.device.type for value in state.values()} == {"cpu"}
 
 
 @EACH_BACKEND

@@ -532,9 +532,8 @@ def test_meta_device_computes_shapes() -> None:
     assert dequantize_4bit(weight).shape == (3, 5)
 
 
-@pytest.mark.skipif(cpu.missing() is not None, reason=str(cpu.missing()))
-def test_large_results_ask_for_huge_pages() -> None:
-    """The middle of what quantize_4bit leaves lies in memory that was advised so: "hg" in its VmFlags."""
+def asks_for_huge_pages(tensor: Tensor) -> bool:
+    """Whether the middle of a tensor lies in memory that was advised so: "hg" in its VmFlags."""
     try:
         lines = Path("/proc/self/smaps").read_text().splitlines()
     except OSError as error:
@@ -543,13 +542,39 @@ def test_large_results_ask_for_huge_pages() -> None:
         pytest.skip("this kernel's smaps has no VmFlags")
     if not Path("/sys/kernel/mm/transparent_hugepage").exists():
         pytest.skip("this kernel has no transparent huge pages")
-    with peftkern.use_backend("cpu"):
-        packed = peftkern.quantize_4bit(torch.randn(4096, 4096)).packed
-    middle, inside = packed.data_ptr() + packed.nbytes // 2, False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
+    middle, inside = tensor.data_ptr() + tensor.nbytes // 2, False
+    for line in lines:
         if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
             inside = int(found[1], 16) <= middle < int(found[2], 16)
         elif inside and line.startswith("VmFlags:"):
-            assert "hg" in line.split()
-            return
-    raise AssertionError("packed lies in no mapping")
+            return "hg" in line.split()
+    raise AssertionError("the tensor lies in no mapping")
+
+
+@pytest.mark.skipif(cpu.missing() is not None, reason=str(cpu.missing()))
+def test_large_results_ask_for_huge_pages() -> None:
+    with peftkern.use_backend("cpu"):
+        assert asks_for_huge_pages(peftkern.quantize_4bit(torch.randn(4096, 4096)).packed)
+
+
+@pytest.mark.skipif(cpu.missing() is not None, reason=str(cpu.missing()))
+def test_a_loaded_weight_gets_huge_pages_by_a_copy() -> None:
+    """A mapping of its own for what a loader leaves, as one for a tensor may be a recycled, advised one."""
+    shape = (4096, 4096)
+    weight = peftkern.quantize_4bit(torch.randn(shape), double_quant=True)
+    raw = mmap.mmap(-1, weight.packed.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    raw.write(weight.packed.numpy().tobytes())
+    state = weight.state_dict("weight") | {"weight": torch.frombuffer(raw, dtype=torch.uint8)}
+    loaded = QuantizedWeight.from_state_dict(state, "weight")
+    assert not asks_for_huge_pages(loaded.packed)
+    made = loaded.to("cpu", copy=True)
+    layer = peftkern.nn.LoRALinear(*shape, weight=peftkern.quantize_4bit(torch.zeros(shape)))
+    layer.load_state_dict(state, strict=False)
+    for copied in (made, layer.weight):
+        assert isinstance(copied, QuantizedWeight)
+        assert asks_for_huge_pages(copied.packed)
+        for one, other in zip(pytree.tree_leaves(copied), pytree.tree_leaves(weight), strict=True):
+            assert torch.equal(one, other)
+    layer.load_state_dict(state, strict=False, assign=True)
+    assert isinstance(layer.weight, QuantizedWeight)
+    assert layer.weight.packed.data_ptr() == loaded.packed.data_ptr()

@@ -10,4 +10,8 @@ namespace peftkern {
 // effect on memory that is in use already; nothing below 4 MiB.
 void prefer_huge_pages(void* data, size_t bytes);
 
+// The same for memory whose contents nobody wants any more: the pages that the allocator left there go first,
+// so that a recycled block gets huge ones too. For what is read for long, not for what comes and goes.
+void renew_pages(void* data, size_t bytes);
+
 }  // namespace peftkern

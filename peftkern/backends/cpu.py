@@ -81,6 +81,10 @@ def compress(
     _cpu.compress(out, x, grouped, length, rotation, inverse, get_num_threads())
 
 
+def renew_pages(data: Tensor) -> None:
+    _cpu.renew_pages(data)
+
+
 # What is made in between: parts that stay in the threads' L2 caches.
 _SCRATCH = 1 << 21
 # Rows for which W is decoded anew: enough to hide it.
