@@ -746,7 +746,7 @@ def bnb_eval(inputs: Inputs) -> Candidate:
         ]
         call = lambda i: layers[i](x)  # noqa: E731
         name, path = (
-            "peft + bnb packed eval",
+            cases.PEFT_EVAL,
             "peft lora.bnb.Linear4bit in eval mode, gemv_4bit on the repacked weight",
         )
     return Candidate(

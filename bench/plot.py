@@ -23,7 +23,7 @@ COLOURS = {
     cases.BNB_EVAL: "#ef8a62",
     cases.INT4PACK: "#762a83",
     cases.PEFT: "#b35806",
-    "peft + bnb packed eval": "#fdb863",
+    cases.PEFT_EVAL: "#fdb863",
     cases.EAGER: "#4393c3",
     cases.COMPILED: "#c51b7d",
     cases.BNB_EAGER: "#d6604d",

@@ -227,7 +227,44 @@ def test_the_results_in_the_repository_read(path: Path) -> None:
     rows, memory_rows = store.read(path), store.read(path.with_name("memory.csv"))
     assert report.markdown(rows).startswith("Measured on")
     assert "LoRA r=16" in report.memory_markdown(memory_rows)
+    assert "`lora_linear`, r = 16" in report.summary(rows, memory_rows)
     assert any(report.measured(goal, rows) for goal in cases.GOALS)
+
+
+def test_the_documents_hold_what_the_csv_holds() -> None:
+    """`python -m bench.report --write` was run after the last measurement."""
+    numbers, summary = report.documents()
+    assert (ROOT / "docs" / "numbers.md").read_text(encoding="utf-8") == numbers
+    assert summary in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_table_holds_comparable_rows_alone() -> None:
+    case = Case("linear_4bit", cases.LLAMA[0], 1, cold=True)
+    row = written(case, cases.OURS, threads="2", median_us="100", ratio="1", machine="one")
+    others = [
+        row | {"threads": "1"},
+        row | {"dtype": "fp32"},
+        row | {"blocksize": "128"},
+        row | {"quant_type": "fp4"},
+        row | {"status": "wrong"},
+    ]
+    assert report.comparable([row, row | {"candidate": cases.DENSE}, *others]) == [
+        row,
+        row | {"candidate": cases.DENSE},
+    ]
+    assert report.markdown(others[1:]) == report.summary(others[1:], []) == ""
+
+
+def test_the_nearest_peer_is_shown() -> None:
+    """Every peer that is measured has a column."""
+    case = Case("lora_linear", cases.LLAMA[0], 1, cold=True)
+    values = {"threads": "2", "median_us": "100", "ratio": "1.25", "peak_share": "0.5"}
+    names = (cases.OURS, cases.DENSE, cases.PEFT, cases.PEFT_EVAL)
+    rows = [written(case, name, kind="peer", path="its path", **values) for name in names]
+    assert "| 1.25× | 1.25× | 1.25× |" in report.markdown(rows)
+    assert "| `lora_linear`, r = 16 | 1 | 100.0 µs |  | 50% | 1.25× | 1.25× | 1.25× |" in report.summary(
+        rows, []
+    )
 
 
 def written(case: Case, candidate: str, **values: str) -> dict[str, str]:
