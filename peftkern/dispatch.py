@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from inspect import signature
+from typing import Any, TypeVar
 
 import torch
 
@@ -21,8 +22,19 @@ from peftkern.backends import Backend, Call, Primitive, cpu, reference, triton, 
 
 BACKENDS: tuple[Backend, ...] = (cpu.BACKEND, triton.BACKEND, reference.BACKEND)  # best first
 
-# op name → the primitives that a call with these arguments would need; filled by the ops' own files
-CALLS: dict[str, Callable[..., tuple[Call, ...]]] = {}
+# op name → the op, and the primitives that a call of it with all these arguments would need, after its checks
+CALLS: dict[str, tuple[Callable[..., Any], Callable[..., tuple[Call, ...]]]] = {}
+_Op = TypeVar("_Op", bound=Callable[..., Any])
+
+
+def explained_by(calls: Callable[..., tuple[Call, ...]]) -> Callable[[_Op], _Op]:
+    """Enters a public op in CALLS."""
+
+    def enter(op: _Op) -> _Op:
+        CALLS[op.__name__] = op, calls
+        return op
+
+    return enter
 
 
 def _check_name(argument: str, name: object) -> None:
@@ -41,7 +53,7 @@ def _from_environment() -> str | None:
 _default = _from_environment()
 _forced: ContextVar[str | None] = ContextVar("peftkern_backend", default=_default)
 _found: dict[tuple[str | None, str, torch.device, torch.dtype], Primitive] = {}
-_warned: set[str] = set()
+_warned: set[str] = set()  # device types
 
 
 def find(primitive: str, device: torch.device, dtype: torch.dtype) -> Primitive:
@@ -57,11 +69,11 @@ def _resolve(call: Call) -> Primitive:
         reasons = "".join(f"\n  {name}: {reason}" for name, reason in others.items())
         subject = f"the forced backend {forced!r} cannot run" if forced is not None else "no backend can run"
         raise RuntimeError(f"{subject} {call}:{reasons}")
-    for name, reason in others.items():
-        if name == "cpu" and call.device.type == "cpu" and cpu.missing() == reason and name not in _warned:
-            _warned.add(name)
-            message = f"peftkern runs on its slow {backend.name} backend: {reason}"
-            warnings.warn(message, RuntimeWarning, stacklevel=4)
+    if forced is None and backend is reference.BACKEND and call.device.type not in _warned:
+        _warned.add(call.device.type)
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in others.items())
+        message = f"peftkern runs {call} by its slow {backend.name} backend: {reasons}"
+        warnings.warn(message, RuntimeWarning, stacklevel=4)
     row = backend.rows[call.primitive]
     _found[forced, call.primitive, call.device, call.dtype] = row
     return row
@@ -96,7 +108,8 @@ def use_backend(name: str | None) -> Iterator[None]:
 
     name is "cpu", "triton" or "reference"; None restores the automatic choice. It holds for the current
     thread (or asyncio task) and nests. A backward pass chooses where it runs: call it inside the block too.
-    Raises ValueError for an unknown name.
+    For tensors on a GPU autograd runs it on a thread of its own, which no block reaches: there
+    PEFTKERN_BACKEND alone forces it. Raises ValueError for an unknown name.
     """
     if name is not None:
         _check_name("name", name)
@@ -154,11 +167,16 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
     Raises ValueError for an unknown op, and what the op itself raises for bad arguments.
     """
     name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
-    calls = CALLS.get(name)
-    if calls is None:
+    if name not in CALLS:
         raise ValueError(f"op: expected one of {', '.join(sorted(CALLS))}, got {name!r}")
+    function, calls = CALLS[name]
+    try:
+        given = signature(function).bind(*args, **kwargs)
+    except TypeError as error:
+        raise TypeError(f"{name}: {error}") from None
+    given.apply_defaults()
     choices = []
-    for call in calls(*args, **kwargs):
+    for call in calls(*given.args):
         backend, others = _choose(call)
         detail = "" if backend is None else backend.detail(call)
         choices.append(Choice(call, None if backend is None else backend.name, detail, others))

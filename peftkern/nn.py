@@ -14,14 +14,8 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from peftkern.formats import QuantizedWeight
-from peftkern.ops.linear import (
-    DTYPES,
-    check_dropout,
-    check_scaling,
-    check_size,
-    check_tensor,
-    linear_4bit,
-)
+from peftkern.ops.checks import DTYPES, check_dropout, check_scaling, check_size, check_tensor
+from peftkern.ops.linear import linear_4bit
 from peftkern.ops.lora import lora_delta, lora_linear
 from peftkern.ops.merge import merge
 from peftkern.ops.mora import mora, mora_delta, mora_linear, mora_rank

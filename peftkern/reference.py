@@ -169,7 +169,7 @@ def lora_delta(lora_A: Tensor, lora_B: Tensor, scaling: float = 1.0) -> Tensor:
     common = torch.promote_types(lora_A.dtype, lora_B.dtype)
     dtype = torch.float64 if common == torch.float64 else torch.float32
     with torch.autocast(lora_A.device.type, enabled=False):
-        return (lora_B.to(dtype) @ lora_A.to(dtype) * scaling).to(common)
+        return (lora_B.to(dtype) @ lora_A.to(dtype) * float(scaling)).to(common)
 
 
 _Weight = TypeVar("_Weight", Tensor, QuantizedWeight)
@@ -398,7 +398,7 @@ def mora_linear(
     x = _autocast(x)
     wide, square, kind = _mora_operands(x, matrix, mora_type)
     base = matmul(wide, weight, bias=bias)
-    return (base + scaling * _mora(wide, square, weight.shape[0], kind)).to(x.dtype)
+    return (base + float(scaling) * _mora(wide, square, weight.shape[0], kind)).to(x.dtype)
 
 
 def mora_delta(matrix: Tensor, in_features: int, out_features: int, mora_type: int | str = 1) -> Tensor:

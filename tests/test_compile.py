@@ -17,7 +17,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import peftkern
 from peftkern import QuantizedWeight, linear_4bit, lora_linear
 from peftkern.nn import LoRALinear
-from peftkern.ops.linear import flat
+from peftkern.ops.library import flat
 
 N, K, R = 40, 96, 8
 

@@ -218,7 +218,7 @@ def test_missing_extension_warns_once_and_is_explained(monkeypatch: pytest.Monke
     call = Call("linear", CPU, torch.float32)
     assert unavailable(cpu.BACKEND, call) == cpu.missing()
     with pytest.warns(
-        RuntimeWarning, match=r"slow reference backend: the extension peftkern\._cpu is not available"
+        RuntimeWarning, match=r"slow reference backend: cpu: the extension peftkern\._cpu is not available"
     ):
         assert dispatch.find(*call[:3]) is reference.BACKEND.rows["linear"]
     with use_backend("cpu"), pytest.raises(RuntimeError, match=r"cpu: the extension"):
@@ -228,6 +228,30 @@ def test_missing_extension_warns_once_and_is_explained(monkeypatch: pytest.Monke
         warnings.simplefilter("error")
         dispatch.find(*call[:3])
     assert "the extension peftkern._cpu" in str(explain("linear_4bit", *list(arguments().values())[:2]))
+
+
+def test_what_nobody_else_runs_warns_once_for_each_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_found", {})
+    monkeypatch.setattr(dispatch, "_warned", set())
+    elsewhere = torch.device("mps")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with use_backend("reference"):  # asked for
+            dispatch.find("linear", elsewhere, torch.float32)
+    text = "runs linear float32 on mps by its slow reference backend: .*cpu: it runs tensors on cpu"
+    with pytest.warns(RuntimeWarning, match=text):
+        dispatch.find("linear", elsewhere, torch.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dispatch.find("linear_grad", elsewhere, torch.float32)
+
+
+def test_explain_binds_as_the_op_does() -> None:
+    a = arguments()
+    with pytest.raises(TypeError, match="lora_linear: missing a required argument: 'lora_B'"):
+        explain("lora_linear", a["x"], a["weight"], a["lora_A"])
+    with pytest.raises(TypeError, match="merge_error: got an unexpected keyword argument 'scale'"):
+        explain(peftkern.merge_error, a["weight"], a["weight"], a["weight"], scale=2)
 
 
 @needs_ext

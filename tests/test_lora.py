@@ -6,10 +6,13 @@ import os
 import subprocess
 import sys
 import textwrap
+import warnings
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 import bounds
+import numpy as np
 import pytest
 import torch
 from cases import Case, cases, operands, unbatched
@@ -615,6 +618,10 @@ def test_threads_and_fork() -> None:
     assert run.stdout.strip() == "done", run.stderr
 
 
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # torch's, that they are a prototype
+    NESTED = torch.nested.nested_tensor([torch.zeros(96), torch.zeros(40)])  # two dimensions, of no shape
+
 BAD: list[tuple[dict[str, object], type[Exception], str]] = [
     ({"x": None}, TypeError, "x: expected a tensor, got NoneType"),
     (
@@ -638,7 +645,7 @@ BAD: list[tuple[dict[str, object], type[Exception], str]] = [
     (
         {"weight": torch.zeros(40, 96, device="meta")},
         ValueError,
-        "x: expected device meta as the weight's, got cpu",
+        "x: expected device meta, got cpu",
     ),
     ({"lora_A": torch.zeros(8, 95)}, ValueError, r"lora_A: expected shape \[8, 96\], got shape \[8, 95\]"),
     ({"lora_A": torch.zeros(96)}, ValueError, r"lora_A: expected shape \[R, 96\], got shape \[96\]"),
@@ -649,7 +656,7 @@ BAD: list[tuple[dict[str, object], type[Exception], str]] = [
     (
         {"lora_B": torch.zeros(40, 8, device="meta")},
         ValueError,
-        "lora_B: expected device cpu as the weight's, got",
+        "lora_B: expected device cpu, got",
     ),
     ({"lora_B": torch.zeros(40, 8).to_sparse()}, TypeError, "lora_B: expected a strided tensor"),
     ({"bias": torch.zeros(41)}, ValueError, r"bias: expected shape \[40\], got shape \[41\]"),
@@ -662,6 +669,12 @@ BAD: list[tuple[dict[str, object], type[Exception], str]] = [
     ({"dropout": 1.1}, ValueError, r"dropout: expected a probability in \[0, 1\], got 1.1"),
     ({"dropout": torch.nan}, ValueError, r"dropout: expected a probability in \[0, 1\], got nan"),
     ({"dropout": None}, TypeError, "dropout: expected a number, got NoneType"),
+    ({"dropout": True}, TypeError, "dropout: expected a number, got bool"),
+    ({"scaling": True}, TypeError, "scaling: expected a number, got bool"),
+    ({"x": NESTED}, TypeError, "x: expected a strided tensor, got a nested one"),
+    ({"weight": NESTED}, TypeError, "weight: expected a strided tensor, got a nested one"),
+    ({"lora_A": NESTED}, TypeError, "lora_A: expected a strided tensor, got a nested one"),
+    ({"lora_B": NESTED}, TypeError, "lora_B: expected a strided tensor, got a nested one"),
     (
         {"dropout": 0.99, "scaling": 1e37},
         ValueError,
@@ -759,6 +772,19 @@ BAD_MERGES: list[tuple[Callable[[], object], type[Exception], str]] = [
         "scaling: expected a finite",
     ),
 ]
+
+
+@pytest.mark.parametrize("scaling", [Fraction(1, 2), np.float32(0.5), 2])
+def test_any_real_number_scales(scaling: float) -> None:
+    o, weight = make(), quantized()
+    adapter = o["lora_A"].detach(), o["lora_B"].detach()
+    assert torch.equal(lora_delta(*adapter, scaling), lora_delta(*adapter, float(scaling)))
+    for module in (peftkern, reference):
+        found = [module.lora_linear(o["x"].detach(), weight, *adapter, s) for s in (scaling, float(scaling))]
+        assert torch.equal(*found)
+        M = torch.randn(8, 8)
+        found = [module.mora_linear(o["x"].detach(), weight, M, 1, s) for s in (scaling, float(scaling))]
+        assert torch.equal(*found)
 
 
 @pytest.mark.parametrize(("call", "error", "message"), BAD_MERGES)

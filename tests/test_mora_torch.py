@@ -549,7 +549,7 @@ BAD: list[tuple[dict[str, object], type[Exception], str]] = [
     ({"matrix": torch.zeros(0, 0)}, ValueError, r"matrix: expected shape .* r̂ ≥ 1, got shape \[0, 0\]"),
     ({"matrix": torch.zeros(8, 8).long()}, TypeError, "matrix: expected dtype .* got int64"),
     ({"matrix": torch.zeros(8, 8).double()}, TypeError, "matrix: expected dtype .* got float64"),
-    ({"matrix": torch.zeros(8, 8, device="meta")}, ValueError, "matrix: expected device cpu .* got meta"),
+    ({"matrix": torch.zeros(8, 8, device="meta")}, ValueError, "matrix: expected device cpu, got meta"),
     ({"matrix": torch.zeros(7, 7), "mora_type": 6}, ValueError, r"matrix: expected an even size .* got .*7"),
     ({"matrix": torch.zeros(1, 1), "mora_type": "rotation"}, ValueError, "matrix: expected an even size"),
     *(
@@ -559,7 +559,7 @@ BAD: list[tuple[dict[str, object], type[Exception], str]] = [
 ]
 BAD_LINEAR: list[tuple[dict[str, object], type[Exception], str]] = [
     ({"x": torch.zeros(2, K + 1)}, ValueError, r"x: expected shape \[\.\.\., 40\], got shape \[2, 41\]"),
-    ({"x": torch.zeros(2, K, device="meta")}, ValueError, "x: expected device cpu as the weight's, got meta"),
+    ({"x": torch.zeros(2, K, device="meta")}, ValueError, "x: expected device cpu, got meta"),
     ({"weight": "nf4"}, TypeError, "weight: expected a tensor or a QuantizedWeight, got str"),
     ({"weight": torch.zeros(K)}, ValueError, r"weight: expected .* shape \[N, K\], got shape \[40\]"),
     ({"weight": torch.zeros(N, K).half()}, TypeError, "weight: expected dtype float32 as x's, got float16"),

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from peftkern import dispatch, reference
 from peftkern.backends import Call
 from peftkern.formats import QuantizedWeight
-from peftkern.ops.linear import check_base, check_dropout, check_scaling, check_tensor, linear, refuse
+from peftkern.ops.checks import check_base, check_dropout, check_scaling, check_tensor, matrix_shape, refuse
+from peftkern.ops.linear import linear
 from peftkern.reference import draw_seed
 
 
-def check_adapter(lora_A: Tensor, lora_B: Tensor, columns: int, rows: int, device: torch.device) -> None:
-    if not isinstance(lora_A, Tensor) or lora_A.dim() != 2:
+def _check_adapter(lora_A: Tensor, lora_B: Tensor, columns: int, rows: int, device: torch.device) -> None:
+    shape = matrix_shape(lora_A)
+    if shape is None:
         refuse("lora_A", lora_A, f"shape [R, {columns}]", None, device)
-    rank = lora_A.shape[0]
+    rank = shape[0]
     check_tensor("lora_A", lora_A, (rank, columns), device)
     check_tensor("lora_B", lora_B, (rows, rank), device)
 
@@ -31,7 +35,7 @@ def _check(
 ) -> torch.dtype:
     """Raises for anything that the op does not take; returns the dtype to compute in."""
     rows, columns, device, dtype = check_base(x, weight)
-    check_adapter(lora_A, lora_B, columns, rows, device)
+    _check_adapter(lora_A, lora_B, columns, rows, device)
     if bias is not None:
         check_tensor("bias", bias, (rows,), device)
     check_scaling(scaling)
@@ -39,6 +43,12 @@ def _check(
     return dtype
 
 
+def _calls(x: Tensor, weight: QuantizedWeight | Tensor, *rest: Any) -> tuple[Call, ...]:
+    dtype = _check(x, weight, *rest)
+    return (Call("linear", x.device, dtype, isinstance(weight, Tensor)),)
+
+
+@dispatch.explained_by(_calls)
 def lora_linear(
     x: Tensor,
     weight: QuantizedWeight | Tensor,
@@ -83,31 +93,18 @@ def lora_linear(
     return linear(x, weight, lora_A, lora_B, bias, scaling, dropout, seed)
 
 
-def _calls(
-    x: Tensor,
-    weight: QuantizedWeight | Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float = 1.0,
-    bias: Tensor | None = None,
-    dropout: float = 0.0,
-) -> tuple[Call, ...]:
-    dtype = _check(x, weight, lora_A, lora_B, scaling, bias, dropout)
-    return (Call("linear", x.device, dtype, isinstance(weight, Tensor)),)
-
-
-dispatch.CALLS["lora_linear"] = _calls
-
-
-def _check_delta(lora_A: Tensor, lora_B: Tensor, scaling: float) -> None:
-    if not isinstance(lora_A, Tensor) or lora_A.dim() != 2:
+def _check_delta(lora_A: Tensor, lora_B: Tensor, scaling: float) -> tuple[Call, ...]:
+    A, B = matrix_shape(lora_A), matrix_shape(lora_B)
+    if A is None:
         refuse("lora_A", lora_A, "shape [R, K]", None, None)
-    if not isinstance(lora_B, Tensor) or lora_B.dim() != 2:
+    if B is None:
         refuse("lora_B", lora_B, "shape [N, R]", None, None)
-    check_adapter(lora_A, lora_B, lora_A.shape[1], lora_B.shape[0], lora_A.device)
+    _check_adapter(lora_A, lora_B, A[1], B[0], lora_A.device)
     check_scaling(scaling)
+    return ()
 
 
+@dispatch.explained_by(_check_delta)
 def lora_delta(lora_A: Tensor, lora_B: Tensor, scaling: float = 1.0) -> Tensor:
     """ΔW = s · B A: what the adapter adds to W.
 
@@ -116,11 +113,3 @@ def lora_delta(lora_A: Tensor, lora_B: Tensor, scaling: float = 1.0) -> Tensor:
     """
     _check_delta(lora_A, lora_B, scaling)
     return reference.lora_delta(lora_A, lora_B, scaling)
-
-
-def _delta_calls(lora_A: Tensor, lora_B: Tensor, scaling: float = 1.0) -> tuple[Call, ...]:
-    _check_delta(lora_A, lora_B, scaling)
-    return ()
-
-
-dispatch.CALLS["lora_delta"] = _delta_calls

@@ -12,7 +12,7 @@ from torch import Tensor
 from peftkern import dispatch, reference
 from peftkern.backends import Call
 from peftkern.formats import DoubleQuant, QuantizedWeight
-from peftkern.ops.linear import check_tensor, refuse
+from peftkern.ops.checks import check_tensor, matrix_shape, refuse
 from peftkern.ops.quantize import dequantize_4bit, quantize_4bit
 from peftkern.reference import MergeError
 
@@ -22,9 +22,10 @@ _CHUNK = 1 << 20  # elements: 8 MB in fp64
 def _check_weight(name: str, weight: QuantizedWeight | Tensor) -> None:
     if isinstance(weight, QuantizedWeight):
         return
-    if not isinstance(weight, Tensor) or weight.dim() != 2:
+    shape = matrix_shape(weight)
+    if shape is None:
         refuse(name, weight, "a QuantizedWeight or shape [N, K]", None, None)
-    check_tensor(name, weight, tuple(weight.shape), weight.device)
+    check_tensor(name, weight, shape, weight.device)
 
 
 def _check(weight: QuantizedWeight | Tensor, delta: Tensor) -> None:
@@ -32,10 +33,21 @@ def _check(weight: QuantizedWeight | Tensor, delta: Tensor) -> None:
     check_tensor("delta", delta, tuple(weight.shape), weight.device)
 
 
+def _merge_calls(weight: QuantizedWeight | Tensor, delta: Tensor) -> tuple[Call, ...]:
+    _check(weight, delta)
+    if isinstance(weight, Tensor):
+        return ()
+    return (
+        Call("dequantize", weight.device, torch.float32),
+        Call("quantize", weight.device, weight.dtype),
+    )
+
+
 @overload
 def merge(weight: Tensor, delta: Tensor) -> Tensor: ...
 @overload
 def merge(weight: QuantizedWeight, delta: Tensor) -> QuantizedWeight: ...
+@dispatch.explained_by(_merge_calls)
 def merge(weight: QuantizedWeight | Tensor, delta: Tensor) -> QuantizedWeight | Tensor:
     """W + ΔW, summed in fp32, as the same kind of weight; `weight` itself stays as it is.
 
@@ -50,16 +62,6 @@ def merge(weight: QuantizedWeight | Tensor, delta: Tensor) -> QuantizedWeight | 
     merged = dequantize_4bit(weight, torch.float32) + delta.detach()
     merged = merged.to(weight.dtype)
     return quantize_4bit(merged, weight.quant_type, weight.blocksize, weight.nested is not None)
-
-
-def _merge_calls(weight: QuantizedWeight | Tensor, delta: Tensor) -> tuple[Call, ...]:
-    _check(weight, delta)
-    if isinstance(weight, Tensor):
-        return ()
-    return (
-        Call("dequantize", weight.device, torch.float32),
-        Call("quantize", weight.device, weight.dtype),
-    )
 
 
 def _check_error(weight: QuantizedWeight | Tensor, delta: Tensor, merged: QuantizedWeight | Tensor) -> None:
@@ -98,6 +100,15 @@ def _chunks(weight: QuantizedWeight | Tensor, size: int) -> Iterator[Tensor]:
         yield dequantize_4bit(part, torch.float32).view(-1).double()
 
 
+def _error_calls(
+    weight: QuantizedWeight | Tensor, delta: Tensor, merged: QuantizedWeight | Tensor
+) -> tuple[Call, ...]:
+    _check_error(weight, delta, merged)
+    quantized = any(isinstance(operand, QuantizedWeight) for operand in (weight, merged))
+    return (Call("dequantize", weight.device, torch.float32),) if quantized else ()
+
+
+@dispatch.explained_by(_error_calls)
 @torch.no_grad()
 def merge_error(
     weight: QuantizedWeight | Tensor, delta: Tensor, merged: QuantizedWeight | Tensor
@@ -138,15 +149,3 @@ def merge_error(
     if not delta2:
         return MergeError(maximum.item(), rms, math.nan, math.nan)
     return MergeError(maximum.item(), rms, (error2 / delta2).sqrt().item(), (moved / delta2).item())
-
-
-def _error_calls(
-    weight: QuantizedWeight | Tensor, delta: Tensor, merged: QuantizedWeight | Tensor
-) -> tuple[Call, ...]:
-    _check_error(weight, delta, merged)
-    quantized = any(isinstance(operand, QuantizedWeight) for operand in (weight, merged))
-    return (Call("dequantize", weight.device, torch.float32),) if quantized else ()
-
-
-dispatch.CALLS["merge"] = _merge_calls
-dispatch.CALLS["merge_error"] = _error_calls

@@ -18,33 +18,36 @@ from peftkern import dispatch, reference
 from peftkern.backends import Call, Middle, Weight4
 from peftkern.dispatch import find
 from peftkern.formats import QuantizedWeight
-from peftkern.ops.linear import (
-    FLAT,
-    NO_WEIGHT,
+from peftkern.ops.checks import (
     PLAIN,
-    WeightSpec,
-    as_rows,
     autocast_dtype,
-    bias_grad,
     check_base,
     check_scaling,
     check_size,
     check_tensor,
     check_x,
+    matrix_shape,
+    refuse,
+)
+from peftkern.ops.library import (
+    FLAT,
+    NO_WEIGHT,
+    OPS,
+    WeightSpec,
+    as_rows,
     flat,
     flatten_weight,
+    full,
     is_direct,
     like_rows,
     needs_graph,
     no_double_backward,
-    refuse,
     register,
     unflat,
     weight4,
 )
+from peftkern.ops.linear import bias_grad
 from peftkern.reference import mora_kind
-
-_OPS: Any = torch.ops.peftkern
 
 
 class _Plan(NamedTuple):
@@ -84,13 +87,17 @@ def _product(
     keep: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """x Wᵀ + bias + scaling · mora(x), [M, outputs]; z [M, r̂], to keep where there is one block."""
-    rows, size = x.shape[0], matrix.shape[0]
+    size = matrix.shape[0]
     plan = _plan(kind, size, x.shape[1], outputs)
-    out = x.new_empty(rows, outputs)
-    z = x.new_empty(rows, size) if keep and plan.blocks == 1 else None
+    out, z = _outputs(x, size, outputs, keep and plan.blocks == 1)
     middle = Middle(plan.inner, plan.outer, plan.blocks * size, _table(plan, size, x.device))
     find("mora", x.device, x.dtype)(out, z, x, weight, False, matrix, scaling, bias, middle)
     return out, z
+
+
+def _outputs(x: Tensor, size: int, outputs: int, keep: bool) -> tuple[Tensor, Tensor | None]:
+    rows = x.shape[0]
+    return x.new_empty(rows, outputs), x.new_empty(rows, size) if keep else None
 
 
 def _gradients(
@@ -102,10 +109,10 @@ def _gradients(
     size: int,
     kind: int | str,
     scaling: float,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor | None, Tensor | None]:
     """Given M, dx = dY W + scaling · (mora's adjoint)(dY); given the source, which is z of one block and x of
-    several, dM = scaling · Σ gᵀ z in fp32, over rows and blocks. What is not asked for is empty."""
-    dx, dM = _gradients_fake(dY, source, matrix, inputs, size)
+    several, dM = scaling · Σ gᵀ z in fp32, over rows and blocks."""
+    dx, dM = _empty_gradients(dY, source, matrix, inputs, size)
     rows, outputs = dY.shape
     plan = _plan(kind, size, inputs, outputs)
     columns, table = plan.blocks * size, _table(plan, size, dY.device)
@@ -121,12 +128,12 @@ def _gradients(
     return dx, dM
 
 
-def _gradients_fake(
+def _empty_gradients(
     dY: Tensor, source: Tensor | None, matrix: Tensor | None, inputs: int, size: int
-) -> tuple[Tensor, Tensor]:
-    size = 0 if source is None else size
-    dx = dY.new_empty((0 if matrix is None else dY.shape[0], inputs))
-    return dx, dY.new_empty((size, size), dtype=torch.float32)
+) -> tuple[Tensor | None, Tensor | None]:
+    """Memory for those that are asked for."""
+    dx = None if matrix is None else dY.new_empty(dY.shape[0], inputs)
+    return dx, None if source is None else dY.new_empty(size, size, dtype=torch.float32)
 
 
 def _table(plan: _Plan, size: int, device: torch.device) -> Tensor | None:
@@ -141,31 +148,30 @@ def _kind(name: str) -> int | str:
     return int(name) if name.isdigit() else name
 
 
-def _mora_op(x: Tensor, matrix: Tensor, bias: Tensor | None, *args: Any) -> tuple[Tensor, Tensor]:
-    *flat, outputs, kind, scaling, keep = args
-    y, z = _product(x, matrix, bias, unflat(*flat), outputs, _kind(kind), scaling, keep)
-    # a library op returns tensors only
-    return y, x.new_empty(0, 0) if z is None else z
+def _mora_op(x: Tensor, matrix: Tensor, bias: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
+    *weight, outputs, kind, scaling, keep = args
+    return full(x, _product(x, matrix, bias, unflat(*weight), outputs, _kind(kind), scaling, keep))
 
 
-def _mora_op_fake(x: Tensor, matrix: Tensor, bias: Tensor | None, *args: Any) -> tuple[Tensor, Tensor]:
+def _mora_op_fake(x: Tensor, matrix: Tensor, bias: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
     *_, outputs, kind, _, keep = args
-    rows, size = x.shape[0], matrix.shape[0]
+    size = matrix.shape[0]
     kept = keep and _plan(_kind(kind), size, x.shape[1], outputs).blocks == 1
-    return x.new_empty((rows, outputs)), x.new_empty((rows, size) if kept else (0, 0))
+    return full(x, _outputs(x, size, outputs, kept))
 
 
 def _mora_backward_op(
-    grad: Tensor, source: Tensor | None, matrix: Tensor | None, *args: Any
-) -> tuple[Tensor, Tensor]:
-    *flat, inputs, size, kind, scaling = args
-    return _gradients(grad, source, matrix, unflat(*flat), inputs, size, _kind(kind), scaling)
+    dY: Tensor, source: Tensor | None, matrix: Tensor | None, *args: Any
+) -> tuple[Tensor, ...]:
+    *weight, inputs, size, kind, scaling = args
+    return full(dY, _gradients(dY, source, matrix, unflat(*weight), inputs, size, _kind(kind), scaling))
 
 
 def _mora_backward_op_fake(
-    grad: Tensor, source: Tensor | None, matrix: Tensor | None, *args: Any
-) -> tuple[Tensor, Tensor]:
-    return _gradients_fake(grad, source, matrix, *args[-4:-2])
+    dY: Tensor, source: Tensor | None, matrix: Tensor | None, *args: Any
+) -> tuple[Tensor, ...]:
+    *_, inputs, size, _, _ = args
+    return full(dY, _empty_gradients(dY, source, matrix, inputs, size))
 
 
 register(
@@ -175,7 +181,7 @@ register(
     _mora_op_fake,
 )
 register(
-    f"mora_backward(Tensor grad, Tensor? source, Tensor? matrix, {FLAT}, SymInt inputs, SymInt size, "
+    f"mora_backward(Tensor dY, Tensor? source, Tensor? matrix, {FLAT}, SymInt inputs, SymInt size, "
     "str kind, float scaling) -> (Tensor, Tensor)",
     _mora_backward_op,
     _mora_backward_op_fake,
@@ -199,8 +205,8 @@ def _forward(
     """Y [..., O] and, to keep where there is one block, z = compress(x) [M, r̂], rounded to x's dtype."""
     rows = x if x.ndim == 2 else as_rows(x, x.shape[-1])
     if traced:
-        y, z = _OPS.mora(rows, matrix, bias, *flat(weight), outputs, str(kind), scaling, keep)
-        z = z if z.shape[1] else None
+        y, z = OPS.mora(rows, matrix, bias, *flat(weight), outputs, str(kind), scaling, keep)
+        z = z if z.ndim == 2 else None
     else:
         y, z = _product(rows, matrix, bias, weight, outputs, kind, scaling, keep)
     return like_rows(y, x), z
@@ -244,10 +250,12 @@ def _backward(ctx: Any, traced: bool, grad: Tensor) -> tuple[Any, ...]:
             source = as_rows(x, inputs) if z is None else z
         if traced:
             settings = inputs, size, str(kind), scaling
-            dx, dM = _OPS.mora_backward(dY, source, matrix, *flat(weight), *settings)
+            dx, dM = OPS.mora_backward(dY, source, matrix, *flat(weight), *settings)
+            dx, dM = dx if needs_x else None, dM if needs_M else None
         else:
             dx, dM = _gradients(dY, source, matrix, weight, inputs, size, kind, scaling)
-        dx, dM = dx if needs_x else None, dM.to(matrix_dtype) if needs_M else None
+    if dM is not None:
+        dM = dM.to(matrix_dtype)
     if dx is not None and grad.ndim != 2:
         dx = dx.view(*grad.shape[:-1], inputs)
     dbias = bias_grad(traced, dY, bias_dtype)
@@ -358,14 +366,12 @@ def _apply(
 # ---- the public ops
 
 
-def check_matrix(matrix: Tensor, kind: int | str, device: torch.device) -> None:
-    if not isinstance(matrix, Tensor) or matrix.dim() != 2:
+def _check_matrix(matrix: Tensor, kind: int | str, device: torch.device) -> None:
+    shape = matrix_shape(matrix)
+    if shape is None or shape[0] != shape[1] or not shape[0]:
         refuse("matrix", matrix, "shape [r̂, r̂], r̂ ≥ 1", None, device)
-    size = matrix.shape[0]
-    if size < 1 or matrix.shape[1] != size:
-        refuse("matrix", matrix, "shape [r̂, r̂], r̂ ≥ 1", None, device)
-    check_tensor("matrix", matrix, (size, size), device)
-    if kind == 6 and size % 2:
+    check_tensor("matrix", matrix, shape, device)
+    if kind == 6 and shape[0] % 2:
         raise ValueError(f"matrix: expected an even size for mora_type 6, got shape {list(matrix.shape)}")
 
 
@@ -388,11 +394,17 @@ def _check_mora(
     if not isinstance(x, Tensor) or x.dim() < 1:
         refuse("x", x, "shape [..., I]", None, None)
     check_x(x, x.shape[-1], x.device)
-    check_matrix(matrix, kind, x.device)
+    _check_matrix(matrix, kind, x.device)
     check_size("out_features", out_features, 0)
     return autocast_dtype(x), kind
 
 
+def _mora_calls(x: Tensor, *rest: Any) -> tuple[Call, ...]:
+    dtype, _ = _check_mora(x, *rest)
+    return (Call("mora", x.device, dtype),)
+
+
+@dispatch.explained_by(_mora_calls)
 def mora(x: Tensor, matrix: Tensor, out_features: int, mora_type: int | str = 1) -> Tensor:
     """Y = decompress(compress(X) Mᵀ): a square matrix as a linear layer from I to O features.
 
@@ -437,14 +449,6 @@ def mora(x: Tensor, matrix: Tensor, out_features: int, mora_type: int | str = 1)
     return _apply(x, None, matrix, out_features, kind, 1.0, None)
 
 
-def _mora_calls(x: Tensor, matrix: Tensor, out_features: int, mora_type: int | str = 1) -> tuple[Call, ...]:
-    dtype, _ = _check_mora(x, matrix, out_features, mora_type)
-    return (Call("mora", x.device, dtype),)
-
-
-dispatch.CALLS["mora"] = _mora_calls
-
-
 def _check_linear(
     x: Tensor,
     weight: QuantizedWeight | Tensor,
@@ -456,13 +460,19 @@ def _check_linear(
     """Raises for anything that the op does not take; returns the dtype to compute in and the type's name."""
     kind = mora_kind(mora_type)
     rows, _, device, dtype = check_base(x, weight)
-    check_matrix(matrix, kind, device)
+    _check_matrix(matrix, kind, device)
     check_scaling(scaling)
     if bias is not None:
         check_tensor("bias", bias, (rows,), device)
     return dtype, kind
 
 
+def _linear_calls(x: Tensor, weight: QuantizedWeight | Tensor, *rest: Any) -> tuple[Call, ...]:
+    dtype, _ = _check_linear(x, weight, *rest)
+    return (Call("mora", x.device, dtype, isinstance(weight, Tensor)),)
+
+
+@dispatch.explained_by(_linear_calls)
 def mora_linear(
     x: Tensor,
     weight: QuantizedWeight | Tensor,
@@ -503,31 +513,19 @@ def mora_linear(
     return _apply(x, weight, matrix, weight.shape[0], kind, scaling, bias)
 
 
-def _linear_calls(
-    x: Tensor,
-    weight: QuantizedWeight | Tensor,
-    matrix: Tensor,
-    mora_type: int | str = 1,
-    scaling: float = 1.0,
-    bias: Tensor | None = None,
+def _check_delta(
+    matrix: Tensor, in_features: int, out_features: int, mora_type: int | str
 ) -> tuple[Call, ...]:
-    dtype, _ = _check_linear(x, weight, matrix, mora_type, scaling, bias)
-    return (Call("mora", x.device, dtype, isinstance(weight, Tensor)),)
-
-
-dispatch.CALLS["mora_linear"] = _linear_calls
-
-
-def _check_delta(matrix: Tensor, in_features: int, out_features: int, mora_type: int | str) -> int | str:
     kind = mora_kind(mora_type)
     if not isinstance(matrix, Tensor):
-        refuse("matrix", matrix, "shape [r̂, r̂], r̂ ≥ 1", None, None)
-    check_matrix(matrix, kind, matrix.device)
+        refuse("matrix", matrix, "", None, None)
+    _check_matrix(matrix, kind, matrix.device)
     check_size("in_features", in_features, 0)
     check_size("out_features", out_features, 0)
-    return kind
+    return ()
 
 
+@dispatch.explained_by(_check_delta)
 def mora_delta(matrix: Tensor, in_features: int, out_features: int, mora_type: int | str = 1) -> Tensor:
     """ΔW [O, I] with mora(x) = x ΔWᵀ: what the adapter adds to W, but for mora_linear's scaling.
 
@@ -537,9 +535,9 @@ def mora_delta(matrix: Tensor, in_features: int, out_features: int, mora_type: i
     differentiable to any order. Gathered from M, without a product. Raises TypeError or ValueError naming
     the argument.
     """
-    kind = _check_delta(matrix, in_features, out_features, mora_type)
+    _check_delta(matrix, in_features, out_features, mora_type)
     size, device = matrix.shape[0], matrix.device
-    plan = _plan(kind, size, in_features, out_features)
+    plan = _plan(mora_kind(mora_type), size, in_features, out_features)
     M = matrix.float()
     if plan.blocks == 1:
         columns = reference.spread_out(M, in_features, *plan.inner)  # [r̂, I]
@@ -571,13 +569,3 @@ def _spread_rows(values: Tensor, rows: int, grouped: bool, length: int) -> Tenso
     if length == rows:
         return spread
     return torch.nn.functional.pad(spread, (0, 0, 0, rows - length))
-
-
-def _delta_calls(
-    matrix: Tensor, in_features: int, out_features: int, mora_type: int | str = 1
-) -> tuple[Call, ...]:
-    _check_delta(matrix, in_features, out_features, mora_type)
-    return ()
-
-
-dispatch.CALLS["mora_delta"] = _delta_calls

@@ -11,8 +11,8 @@ from peftkern import dispatch
 from peftkern.backends import Call
 from peftkern.dispatch import find
 from peftkern.formats import BLOCKSIZES, QUANT_TYPES, QuantizedWeight, double_quantize
-from peftkern.ops import linear
-from peftkern.ops.linear import DTYPES, WeightSpec, WeightTensors, flatten_weight, is_direct, refuse
+from peftkern.ops.checks import DTYPES, check_tensor, matrix_shape, refuse
+from peftkern.ops.library import OPS, flatten_weight, is_direct, register, weight4
 
 
 def _quantize(weight: Tensor, quant_type: str, blocksize: int) -> tuple[Tensor, Tensor]:
@@ -48,7 +48,7 @@ def _dequantize(
     out = torch.empty((rows, columns), dtype=dtype, device=packed.device)
     if rows and columns:
         spec = (quant_type, blocksize, blocksize2, rows, columns)
-        weight = linear.weight4(packed, absmax, absmax2, code, offset, spec)
+        weight = weight4(packed, absmax, absmax2, code, offset, spec)
         find("dequantize", packed.device, dtype)(out, weight)
     return out
 
@@ -58,12 +58,12 @@ def _dequantize_fake(packed: Tensor, *args: Any) -> Tensor:
     return packed.new_empty((rows, columns), dtype=dtype)
 
 
-linear.register(
+register(
     "quantize_4bit(Tensor weight, str quant_type, int blocksize) -> (Tensor, Tensor)",
     _quantize,
     _quantize_fake,
 )
-linear.register(
+register(
     "dequantize_4bit(Tensor packed, Tensor absmax, Tensor? absmax2, Tensor? code, Tensor? offset, "
     "str quant_type, int blocksize, int blocksize2, int rows, int columns, ScalarType dtype) -> Tensor",
     _dequantize,
@@ -72,13 +72,10 @@ linear.register(
 
 
 def _check_quantize(weight: Tensor, quant_type: str, blocksize: int, double_quant: bool) -> None:
-    if (
-        not isinstance(weight, Tensor)
-        or weight.dim() != 2
-        or weight.dtype not in DTYPES
-        or weight.layout is not torch.strided
-    ):
+    shape = matrix_shape(weight)
+    if shape is None:
         refuse("weight", weight, "shape [N, K]", None, None)
+    check_tensor("weight", weight, shape, weight.device)
     if quant_type not in QUANT_TYPES:
         raise ValueError(f"quant_type: expected one of {QUANT_TYPES}, got {quant_type!r}")
     if isinstance(blocksize, bool) or not isinstance(blocksize, int):
@@ -89,6 +86,12 @@ def _check_quantize(weight: Tensor, quant_type: str, blocksize: int, double_quan
         raise TypeError(f"double_quant: expected True or False, got {double_quant!r}")
 
 
+def _quantize_calls(weight: Tensor, *rest: Any) -> tuple[Call, ...]:
+    _check_quantize(weight, *rest)
+    return (Call("quantize", weight.device, weight.dtype),)
+
+
+@dispatch.explained_by(_quantize_calls)
 def quantize_4bit(
     weight: Tensor, quant_type: str = "nf4", blocksize: int = 64, double_quant: bool = False
 ) -> QuantizedWeight:
@@ -128,7 +131,7 @@ def quantize_4bit(
     if is_direct(weight):
         packed, absmax = _quantize(weight, quant_type, blocksize)
     else:
-        packed, absmax = torch.ops.peftkern.quantize_4bit(weight, quant_type, blocksize)
+        packed, absmax = OPS.quantize_4bit(weight, quant_type, blocksize)
     nested = None
     if double_quant:
         absmax, nested = double_quantize(absmax)
@@ -151,6 +154,11 @@ def _check_dequantize(weight: QuantizedWeight, dtype: torch.dtype | None) -> tor
     return dtype
 
 
+def _dequantize_calls(weight: QuantizedWeight, dtype: torch.dtype | None) -> tuple[Call, ...]:
+    return (Call("dequantize", weight.device, _check_dequantize(weight, dtype)),)
+
+
+@dispatch.explained_by(_dequantize_calls)
 def dequantize_4bit(weight: QuantizedWeight, dtype: torch.dtype | None = None) -> Tensor:
     """[N, K] of dtype (weight.dtype when None): round(code[q] · absmax), an fp32 product and one rounding.
 
@@ -162,29 +170,5 @@ def dequantize_4bit(weight: QuantizedWeight, dtype: torch.dtype | None = None) -
     """
     dtype = _check_dequantize(weight, dtype)
     tensors, spec = flatten_weight(weight)
-    return dequantize_tensors(tensors, spec, dtype)
-
-
-def dequantize_tensors(tensors: WeightTensors, spec: WeightSpec, dtype: torch.dtype) -> Tensor:
-    assert spec is not None
-    packed, absmax, absmax2, code, offset = tensors
-    assert absmax is not None
-    if is_direct(*tensors):
-        return _dequantize(packed, absmax, absmax2, code, offset, *spec, dtype)
-    dense: Tensor = torch.ops.peftkern.dequantize_4bit(packed, absmax, absmax2, code, offset, *spec, dtype)
-    return dense
-
-
-def _quantize_calls(
-    weight: Tensor, quant_type: str = "nf4", blocksize: int = 64, double_quant: bool = False
-) -> tuple[Call, ...]:
-    _check_quantize(weight, quant_type, blocksize, double_quant)
-    return (Call("quantize", weight.device, weight.dtype),)
-
-
-def _dequantize_calls(weight: QuantizedWeight, dtype: torch.dtype | None = None) -> tuple[Call, ...]:
-    return (Call("dequantize", weight.device, _check_dequantize(weight, dtype)),)
-
-
-dispatch.CALLS["quantize_4bit"] = _quantize_calls
-dispatch.CALLS["dequantize_4bit"] = _dequantize_calls
+    dequantize = _dequantize if is_direct(*tensors) else OPS.dequantize_4bit
+    return dequantize(*tensors, *spec, dtype)
