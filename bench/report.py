@@ -1,4 +1,4 @@
-"""python -m bench.report: the numbers of the CSV as Markdown: docs/numbers.md, and a few of them for README.md."""
+"""python -m bench.report: the CSV as Markdown: all of it for docs/numbers.md, a few rows for README.md."""
 
 from __future__ import annotations
 

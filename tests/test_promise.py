@@ -50,13 +50,21 @@ def mora_step(
 def test_0_the_lines_of_use_run(capsys: pytest.CaptureFixture[str]) -> None:
     """The README's own code, as it stands there."""
     readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    (explained,) = re.findall(r"```\n>>> (.*?)\n(.*?)```", readme, re.DOTALL)
+    use, model = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
     names: dict[str, Any] = {}
-    exec(code, names)
+    exec(use, names)
     assert names["y"].shape == (8, 4096)
     assert names["layer"].lora_A.grad.shape == (16, 4096)
     assert names["packed"].shape == (4096 * 4096 // 2, 1)
-    assert capsys.readouterr().out.startswith("lora_linear\n  linear bfloat16 on cpu: ")
+    assert torch.equal(names["W"].packed, names["packed"].view(-1))
+    exec(explained[0], names)
+    told = [re.sub(r"\(.*\)", "", line) for line in capsys.readouterr().out.splitlines()]
+    assert told == [re.sub(r"\(.*\)", "", line) for line in explained[1].splitlines()]
+    names["model"] = torch.nn.Sequential(torch.nn.Linear(48, 32), torch.nn.ReLU(), torch.nn.Linear(32, 8))
+    exec(model, names)
+    names["model"](torch.randn(3, 48)).sum().backward()
+    assert [type(layer).__name__ for layer in names["model"]] == ["LoRALinear", "ReLU", "LoRALinear"]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
