@@ -624,7 +624,7 @@ uint64_t probe_read(py::handle tensor, int threads) {
   p.data = data.data;
   p.bytes = data.numel;
   py::gil_scoped_release release;
-  probe(p, DType::f32);
+  probe(p);
   return checksum;
 }
 
@@ -633,13 +633,13 @@ double probe_peak(py::handle dtype_object, int64_t iterations, int threads) {
   double operations;
   uint64_t checksum;
   if (iterations < 1) throw py::value_error(text("iterations: expected 1 or more, got ", iterations));
-  const DType dtype = dtype_named(dtype_object);
+  p.dtype = dtype_named(dtype_object);
   p.iterations = iterations;
   p.threads = checked_threads(threads);
   p.result = &operations;
   p.checksum = &checksum;
   py::gil_scoped_release release;
-  probe(p, dtype);
+  probe(p);
   return operations * 1e-9;
 }
 
@@ -660,19 +660,11 @@ void set_isa_named(const char* from, const std::string& name) {
                              py::str(levels(isa_available)).cast<std::string>(), ", got '", name, "'"));
 }
 
-std::string kernel(const std::string& primitive, py::handle dtype_object) {
-  static constexpr std::pair<const char*, Primitive> kPrimitives[] = {
-      {"matmul", Primitive::matmul},      {"dequantize", Primitive::dequantize},
-      {"quantize", Primitive::quantize},  {"dropout", Primitive::dropout},
-      {"compress", Primitive::compress},  {"mora", Primitive::mora},
-      {"mora_grad", Primitive::mora_grad}};
-  const DType dtype = dtype_named(dtype_object);
-  for (const auto& [name, p] : kPrimitives) {
-    if (primitive == name) return isa_name(kernel_isa(p, dtype));
-  }
-  throw py::value_error(
-      text("primitive: expected matmul, dequantize, quantize, dropout, compress, mora or mora_grad, got ",
-           primitive));
+const char* kernel(const std::string& primitive, py::handle dtype) {
+  if (const std::optional<Isa> isa = kernel_isa(primitive, dtype_named(dtype))) return isa_name(*isa);
+  std::string names;
+  for (const char* name : kPrimitives) names += (names.empty() ? "" : ", ") + std::string(name);
+  throw py::value_error(text("primitive: expected one of ", names, ", got ", primitive));
 }
 
 py::dict build_info() {

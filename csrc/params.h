@@ -180,6 +180,7 @@ struct DropoutParams {
 // What a benchmark compares with: reads `bytes` of data once and does `iterations` rounds of products in
 // registers.
 struct ProbeParams {
+  DType dtype = DType::f32;  // of the products
   const void* data = nullptr;
   int64_t bytes = 0;
   int64_t iterations = 0;

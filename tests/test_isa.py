@@ -111,7 +111,7 @@ def test_set_isa_and_kernel_refuse_other_types() -> None:
         _cpu.kernel("matmul", torch.float64)
     with pytest.raises(
         ValueError,
-        match=r"primitive: expected matmul, .*, compress, mora or mora_grad, got conv",
+        match=r"primitive: expected one of matmul, .*, mora_grad, probe, got conv",
     ):
         _cpu.kernel("conv", torch.float32)
 

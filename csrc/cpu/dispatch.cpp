@@ -28,17 +28,12 @@ namespace peftkern {
 #define PEFTKERN_ROWS_amx(...)
 #endif
 
-#define PEFTKERN_PARAMS_matmul MatmulParams
-#define PEFTKERN_PARAMS_dequantize DequantizeParams
-#define PEFTKERN_PARAMS_quantize QuantizeParams
-#define PEFTKERN_PARAMS_dropout DropoutParams
-#define PEFTKERN_PARAMS_compress CompressParams
-#define PEFTKERN_PARAMS_mora MoraParams
-#define PEFTKERN_PARAMS_mora_grad MoraGradParams
-#define PEFTKERN_PARAMS_probe ProbeParams
+#define PRIMITIVE(name, Params, dtype) using name##_params = Params;
+PEFTKERN_PRIMITIVES(PRIMITIVE)
+#undef PRIMITIVE
 
 #define PEFTKERN_KERNEL(isa, primitive, dtype) \
-  PEFTKERN_ROWS_##isa(namespace isa { void primitive##_##dtype(const PEFTKERN_PARAMS_##primitive&); })
+  PEFTKERN_ROWS_##isa(namespace isa { void primitive##_##dtype(const primitive##_params&); })
 #include "cpu/kernels.inc"
 #undef PEFTKERN_KERNEL
 
@@ -47,25 +42,24 @@ namespace {
 template <class Params>
 struct Row {
   Isa isa;
-  Primitive primitive;
   DType dtype;
   void (*run)(const Params&);
 };
 
 // A row of another primitive takes other parameters and has no place in this table: its function is left out.
 template <class Params, class Other>
-constexpr Row<Params> row(Isa isa, Primitive primitive, DType dtype, void (*run)(const Other&)) {
+constexpr Row<Params> row(Isa isa, DType dtype, void (*run)(const Other&)) {
   if constexpr (std::is_same_v<Params, Other>) {
-    return {isa, primitive, dtype, run};
+    return {isa, dtype, run};
   } else {
-    return {isa, primitive, dtype, nullptr};
+    return {isa, dtype, nullptr};
   }
 }
 
 template <class Params>
 constexpr Row<Params> kRows[] = {
 #define PEFTKERN_KERNEL(isa, primitive, dtype) \
-  PEFTKERN_ROWS_##isa(row<Params>(Isa::isa, Primitive::primitive, DType::dtype, &isa::primitive##_##dtype), )
+  PEFTKERN_ROWS_##isa(row<Params>(Isa::isa, DType::dtype, &isa::primitive##_##dtype), )
 #include "cpu/kernels.inc"
 #undef PEFTKERN_KERNEL
 };
@@ -73,14 +67,9 @@ constexpr Row<Params> kRows[] = {
 // Best first: the first row that fits is the one. The table always holds a scalar row.
 template <class Params>
 const Row<Params>& choose(Isa active, DType dtype) {
-  const Row<Params>* chosen = nullptr;
-  for (const Row<Params>& r : kRows<Params>) {
-    if (r.run && r.dtype == dtype && r.isa <= active) {
-      chosen = &r;
-      break;
-    }
-  }
-  return *chosen;
+  const Row<Params>* row = kRows<Params>;
+  while (!row->run || row->dtype != dtype || row->isa > active) ++row;
+  return *row;
 }
 
 constexpr int kDTypes = 3;
@@ -97,26 +86,16 @@ struct Chosen {
 
 struct State {
   Isa active;
-  Chosen<MatmulParams> matmul;
-  Chosen<DequantizeParams> dequantize;
-  Chosen<QuantizeParams> quantize;
-  Chosen<DropoutParams> dropout;
-  Chosen<CompressParams> compress;
-  Chosen<MoraParams> mora;
-  Chosen<MoraGradParams> mora_grad;
-  Chosen<ProbeParams> probe;
+#define PRIMITIVE(name, Params, dtype) Chosen<Params> name;
+  PEFTKERN_PRIMITIVES(PRIMITIVE)
+#undef PRIMITIVE
 
   explicit State(Isa isa) { set(isa); }
   void set(Isa isa) {
     active = isa;
-    matmul.choose_all(isa);
-    dequantize.choose_all(isa);
-    quantize.choose_all(isa);
-    dropout.choose_all(isa);
-    compress.choose_all(isa);
-    mora.choose_all(isa);
-    mora_grad.choose_all(isa);
-    probe.choose_all(isa);
+#define PRIMITIVE(name, Params, dtype) name.choose_all(isa);
+    PEFTKERN_PRIMITIVES(PRIMITIVE)
+#undef PRIMITIVE
   }
 };
 
@@ -138,35 +117,17 @@ Isa best_isa() {
 Isa active_isa() { return state().active; }
 void set_active_isa(Isa isa) { state().set(isa); }
 
-void matmul(const MatmulParams& p) { state().matmul[p.x.dtype].run(p); }
-void dequantize(const DequantizeParams& p) { state().dequantize[p.out_dtype].run(p); }
-void quantize(const QuantizeParams& p) { state().quantize[p.dtype].run(p); }
-void dropout(const DropoutParams& p) { state().dropout[p.x.dtype].run(p); }
-void compress(const CompressParams& p) { state().compress[p.x.dtype].run(p); }
-void mora(const MoraParams& p) { state().mora[p.compress.x.dtype].run(p); }
-void mora_grad(const MoraGradParams& p) { state().mora_grad[p.z.x.dtype].run(p); }
-void probe(const ProbeParams& p, DType dtype) { state().probe[dtype].run(p); }
+#define PRIMITIVE(name, Params, dtype) \
+  void name(const Params& p) { state().name[p.dtype].run(p); }
+PEFTKERN_PRIMITIVES(PRIMITIVE)
+#undef PRIMITIVE
 
-Isa kernel_isa(Primitive primitive, DType dtype) {
-  switch (primitive) {
-    case Primitive::matmul:
-      return state().matmul[dtype].isa;
-    case Primitive::dequantize:
-      return state().dequantize[dtype].isa;
-    case Primitive::quantize:
-      return state().quantize[dtype].isa;
-    case Primitive::dropout:
-      return state().dropout[dtype].isa;
-    case Primitive::compress:
-      return state().compress[dtype].isa;
-    case Primitive::mora:
-      return state().mora[dtype].isa;
-    case Primitive::mora_grad:
-      return state().mora_grad[dtype].isa;
-    case Primitive::probe:
-      return state().probe[dtype].isa;
-  }
-  return Isa::scalar;
+std::optional<Isa> kernel_isa(std::string_view primitive, DType dtype) {
+#define PRIMITIVE(name, Params, ...) \
+  if (primitive == #name) return state().name[dtype].isa;
+  PEFTKERN_PRIMITIVES(PRIMITIVE)
+#undef PRIMITIVE
+  return {};
 }
 
 }  // namespace peftkern

@@ -1,21 +1,32 @@
 // The kernels of the active ISA level, behind one function for each primitive.
 #pragma once
 
+#include <optional>
+#include <string_view>
+
 #include "cpu/isa.h"
 #include "params.h"
 
 namespace peftkern {
 
-enum class Primitive { matmul, dequantize, quantize, dropout, compress, mora, mora_grad, probe };
+// Every primitive, with its parameters and the dtype among them that picks its kernel.
+#define PEFTKERN_PRIMITIVES(PRIMITIVE)               \
+  PRIMITIVE(matmul, MatmulParams, x.dtype)           \
+  PRIMITIVE(dequantize, DequantizeParams, out_dtype) \
+  PRIMITIVE(quantize, QuantizeParams, dtype)         \
+  PRIMITIVE(dropout, DropoutParams, x.dtype)         \
+  PRIMITIVE(compress, CompressParams, x.dtype)       \
+  PRIMITIVE(mora, MoraParams, compress.x.dtype)      \
+  PRIMITIVE(mora_grad, MoraGradParams, z.x.dtype)    \
+  PRIMITIVE(probe, ProbeParams, dtype)
 
-void matmul(const MatmulParams& p);          // by p.x.dtype
-void dequantize(const DequantizeParams& p);  // by p.out_dtype
-void quantize(const QuantizeParams& p);      // by p.dtype
-void dropout(const DropoutParams& p);        // by p.x.dtype
-void compress(const CompressParams& p);      // by p.x.dtype
-void mora(const MoraParams& p);              // by p.compress.x.dtype
-void mora_grad(const MoraGradParams& p);     // by p.z.x.dtype
-void probe(const ProbeParams& p, DType dtype);
+#define PRIMITIVE(name, Params, dtype) void name(const Params& p);
+PEFTKERN_PRIMITIVES(PRIMITIVE)
+#undef PRIMITIVE
+
+#define PRIMITIVE(name, Params, dtype) #name,
+inline constexpr const char* kPrimitives[] = {PEFTKERN_PRIMITIVES(PRIMITIVE)};
+#undef PRIMITIVE
 
 // Several products by matmul() in a row (linear.cpp): each as it would be alone, bit by bit.
 void linear(const LinearParams& p);
@@ -26,7 +37,7 @@ Isa active_isa();
 void set_active_isa(Isa isa);
 Isa best_isa();
 
-// The level of the row that runs now.
-Isa kernel_isa(Primitive primitive, DType dtype);
+// The level of the kernel that runs now; nothing if there is no such primitive.
+std::optional<Isa> kernel_isa(std::string_view primitive, DType dtype);
 
 }  // namespace peftkern
