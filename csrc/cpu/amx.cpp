@@ -30,7 +30,6 @@
 #define PEFTKERN_ISA amx
 #include "cpu/vec_avx512.h"
 
-#include "cpu/compress.inl"
 #include "cpu/matmul_bf16.inl"
 #include "cpu/mora.inl"
 #include "cpu/probe.inl"

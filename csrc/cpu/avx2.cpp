@@ -1,7 +1,6 @@
 #define PEFTKERN_ISA avx2
 #include "cpu/vec_avx2.h"
 
-#include "cpu/compress.inl"
 #include "cpu/dequantize.inl"
 #include "cpu/dropout.inl"
 #include "cpu/matmul_f32.inl"

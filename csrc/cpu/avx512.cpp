@@ -1,7 +1,6 @@
 #define PEFTKERN_ISA avx512
 #include "cpu/vec_avx512.h"
 
-#include "cpu/compress.inl"
 #include "cpu/dequantize.inl"
 #include "cpu/dropout.inl"
 #include "cpu/matmul_f32.inl"

@@ -1,7 +1,6 @@
 #define PEFTKERN_ISA avx512_bf16
 #include "cpu/vec_avx512.h"
 
-#include "cpu/compress.inl"
 #include "cpu/matmul_bf16.inl"
 #include "cpu/mora.inl"
 #include "cpu/probe.inl"
@@ -88,6 +87,11 @@ void matmul_bf16(const MatmulParams& p) {
   if (dot_applies(p, 24)) return run_dot_bf16(p);
   Matmul<Bf16Kernel>(p).run();
 }
+
+// Their own, for their rounding to bf16: what mora does here is what they do.
+void compress_f32(const CompressParams& p) { Compress<float>(p).run(); }
+void compress_bf16(const CompressParams& p) { Compress<Bf16>(p).run(); }
+void compress_f16(const CompressParams& p) { Compress<F16>(p).run(); }
 
 void mora_bf16(const MoraParams& p) { Mora<Bf16Kernel, Bf16>(p).run(); }
 void mora_grad_bf16(const MoraGradParams& p) { MoraGrad<Bf16Kernel, Bf16>(p).run(); }

@@ -62,8 +62,9 @@ class Compress {
         sign(set1(p.inverse ? -1.0f : 1.0f)) {}
 
   void run() {
-    constexpr int64_t kSerial = 1 << 16;
-    const int64_t work = p.rows * max_of(max_of(p.wide, p.columns), p.grouped ? 0 : length);
+    constexpr double kSerial = 1 << 16;
+    const double work = static_cast<double>(p.rows) *
+                        static_cast<double>(max_of(max_of(p.wide, p.columns), p.grouped ? 0 : length));
     parallel_tasks(work < kSerial ? 1 : p.threads, p.rows, [&](int, int64_t m) {
       switch (p.out.dtype) {
         case DType::f32:
@@ -185,16 +186,16 @@ class Compress {
         const T* at = x + begin;
 #pragma GCC unroll 16
         for (int i = 0; i < kWidth; ++i) {
-          const int64_t length = i < count ? size + (q + j + i < longer) : 0;
-          parts[i] = vector_sum(at, length);
-          at += length;
+          const int64_t wide = i < count ? size + (q + j + i < longer) : 0;
+          parts[i] = vector_sum(at, wide);
+          at += wide;
         }
         begin = at - x;
       } else {
         for (int i = 0; i < kWidth; ++i) {
-          const int64_t length = i < count ? size + (q + j + i < longer) : 0;
-          parts[i] = strided_sum(x, begin, length);
-          begin += length;
+          const int64_t wide = i < count ? size + (q + j + i < longer) : 0;
+          parts[i] = strided_sum(x, begin, wide);
+          begin += wide;
         }
       }
       store_n(z + j, reduce_each(parts), count);
@@ -229,9 +230,4 @@ class Compress {
 };
 
 }  // namespace
-
-void compress_f32(const CompressParams& p) { Compress<float>(p).run(); }
-void compress_bf16(const CompressParams& p) { Compress<Bf16>(p).run(); }
-void compress_f16(const CompressParams& p) { Compress<F16>(p).run(); }
-
 }  // namespace peftkern::PEFTKERN_ISA

@@ -2,7 +2,6 @@
 #define PEFTKERN_VEC_SCALAR
 #include "cpu/vec_scalar.h"
 
-#include "cpu/compress.inl"
 #include "cpu/dequantize.inl"
 #include "cpu/dropout.inl"
 #include "cpu/matmul_f32.inl"
