@@ -393,17 +393,14 @@ void bind_quantize(py::handle weight_object, py::handle packed_object, py::handl
   const TensorView packed = view("packed", packed_object);
   expect_dtype(packed, {ScalarType::u8});
   expect_flat(packed, p.numel / 2 + p.numel % 2);
-  expect_disjoint(packed, weight);
   p.packed = static_cast<uint8_t*>(packed.data);
   const TensorView absmax = view("absmax", absmax_object);
   expect_dtype(absmax, {ScalarType::f32});
   expect_flat(absmax, blocks_of(p.numel, p.log2_blocksize));
-  expect_disjoint(absmax, weight);
-  expect_disjoint(absmax, packed);
   p.absmax = static_cast<float*>(absmax.data);
   if (p.numel == 0) return;
   py::gil_scoped_release release;
-  prefer_huge_pages(p.packed, static_cast<size_t>(packed.numel));  // every later product reads them all
+  outputs.prefer_huge_pages();  // every later product reads them all
   quantize(p);
 }
 
