@@ -22,9 +22,8 @@ namespace {
 bool forked = false;
 
 int checked_threads(int threads) {
-  constexpr int kMost = 1024;
-  if (threads < 1 || threads > kMost)
-    throw py::value_error(text("threads: expected 1 to ", kMost, ", got ", threads));
+  if (threads < 1 || threads > kMostThreads)
+    throw py::value_error(text("threads: expected 1 to ", kMostThreads, ", got ", threads));
   return forked ? 1 : threads;
 }
 
@@ -165,14 +164,12 @@ PackedWeight packed_weight(py::handle object, const Outputs& outputs) {
   return w;
 }
 
-// grouped or cyclic, and how far the cycles go: an addressable number of columns. Beyond that a sum of column
-// numbers might not fit 64 bits.
+// grouped or cyclic, and how far the cycles go: no further than a tensor can have columns.
 void expect_walk(const char* grouped_name, py::handle grouped, const char* length_name, py::handle length) {
-  constexpr int64_t kMost = int64_t{1} << 48;
   if (!PyBool_Check(grouped.ptr()))
     throw py::type_error(text(grouped_name, ": expected a bool, got ", Py_TYPE(grouped.ptr())->tp_name));
   const int64_t value = integer(length_name, length);
-  if (value < 0 || value > kMost)
+  if (value < 0 || value > kMostElements)
     throw py::value_error(text(length_name, ": expected 0 to 2^48, got ", value));
 }
 
@@ -341,7 +338,7 @@ void bind_linear_grad(py::handle dx_object, py::handle da_object, py::handle db_
   p.rank = da ? da->shape[0] : db ? db->shape[1] : b ? b->shape[1] : t ? t->shape[1] : a ? a->shape[0] : 0;
   if (int64_t elements; __builtin_mul_overflow(p.rows, p.rank, &elements) || elements > kMostElements)
     throw py::value_error(
-        text("dY, B: expected at most 2^56 elements of G [M, R], got shape [", p.rows, ", ", p.rank, "]"));
+        text("dY, B: expected at most 2^48 elements of G [M, R], got shape [", p.rows, ", ", p.rank, "]"));
   const auto take = [](Matrix& to, const Given& from, std::initializer_list<int64_t> shape) {
     if (!from) return;
     expect_shape(*from, shape);
@@ -398,6 +395,9 @@ void bind_quantize(py::handle weight_object, py::handle packed_object, py::handl
   expect_dtype(absmax, {ScalarType::f32});
   expect_flat(absmax, blocks_of(p.numel, p.log2_blocksize));
   p.absmax = static_cast<float*>(absmax.data);
+  Outputs outputs(packed);
+  outputs.add(absmax);
+  outputs.expect_apart(weight);
   if (p.numel == 0) return;
   py::gil_scoped_release release;
   outputs.prefer_huge_pages();  // every later product reads them all
@@ -479,7 +479,7 @@ std::pair<bool, int64_t> walk(const char* name, py::handle object) {
 }
 
 // The middle's columns, in blocks of `size`: as many blocks as the wider one of its ends takes, at most.
-// Working memory for a row of them, for 1024 threads, has to fit 63 bits.
+// Working memory for a row of them, for every thread, has to fit 63 bits: with r̂ = 1 over a hundred bytes each.
 int64_t block_columns(py::handle object, int64_t size, int64_t widest) {
   constexpr int64_t kMost = int64_t{1} << 40;
   const int64_t columns = integer("columns", object);

@@ -104,7 +104,10 @@ struct TensorView {
   const char* end() const { return begin() + bytes; }
 };
 
-constexpr int64_t kMostElements = int64_t{1} << 56;
+// Expanded tensors need no memory for their elements, but working memory is counted by these: of so many, a
+// few bytes each for every thread fit 63 bits.
+constexpr int64_t kMostElements = int64_t{1} << 48;
+constexpr int kMostThreads = 1024;
 
 // Accepts a CPU tensor of fp32, bf16, fp16 or uint8 with memory of its own, gradient or not; TypeError for
 // anything that is not a tensor, ValueError for every other kind of tensor.
@@ -161,9 +164,8 @@ inline TensorView view(const char* name, py::handle object) {
       throw py::value_error(
           text(name, ": expected sizes and strides that address memory, got shape ", v.shape_text()));
   }
-  // Expanded tensors need no memory for their elements, but working memory is counted by these.
   if (v.numel > kMostElements)
-    throw py::value_error(text(name, ": expected at most 2^56 elements, got shape ", v.shape_text()));
+    throw py::value_error(text(name, ": expected at most 2^48 elements, got shape ", v.shape_text()));
   if (v.numel == 0) {
     alignas(64) static char nothing[64];
     v.data = nothing;

@@ -966,12 +966,15 @@ def test_dropout_starts_anywhere(dtype: torch.dtype, isa: str) -> None:
 def test_sizes_that_no_memory_could_hold() -> None:
     """Expanded tensors have as many elements as they like; what is made of them is refused, not wrapped."""
     one = torch.zeros(1, 1)
-    with pytest.raises(ValueError, match=r"x: expected at most 2\^56 elements, got shape \[1, 46116"):
+    with pytest.raises(ValueError, match=r"x: expected at most 2\^48 elements, got shape \[1, 46116"):
         _cpu.matmul(one.clone(), one.expand(1, 2**62), one, False, 1.0, None, None, None, None, 1)
+    row = one.expand(1, -(-(2**62) // 1025))  # 4 bytes each for 1025 copies: 2^64 and a little
+    with pytest.raises(ValueError, match=r"x: expected at most 2\^48 elements"):
+        _cpu.matmul(one.clone(), row, row, False, 1.0, None, None, None, None, 1024)
     for rows in (2**31, 2**40):
         dA, x = torch.empty(rows, 0), torch.empty(rows, 0)
         dY, B = one.expand(rows, 1), one.expand(1, rows)
-        with pytest.raises(ValueError, match=r"dY, B: expected at most 2\^56 elements of G"):
+        with pytest.raises(ValueError, match=r"dY, B: expected at most 2\^48 elements of G"):
             _cpu.linear_grad(None, dA, None, None, dY, x, None, None, B, None, 1.0, 1)
 
 
