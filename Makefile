@@ -103,8 +103,9 @@ test-amx: build ## the suite on the AMX kernels, with software tiles: for a CPU 
 
 SANITIZERS = $(foreach library,libasan.so libubsan.so libstdc++.so,$(shell $(or $(CXX),c++) -print-file-name=$(library)))
 
-sanitize: build ## the suite under AddressSanitizer and UndefinedBehaviorSanitizer
-	$(call build_variant,sanitize,-DPEFTKERN_SANITIZE=ON)
+# software tiles: loads and stores of the tile instructions themselves would not be checked
+sanitize: build ## the suite under AddressSanitizer and UndefinedBehaviorSanitizer, the AMX kernels emulated
+	$(call build_variant,sanitize,-DPEFTKERN_SANITIZE=ON -DPEFTKERN_EMULATE_AMX=ON)
 	cd build/sanitize/site && LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 \
 	  $(PY) -m pytest -c $(ROOT)/pyproject.toml --rootdir $(ROOT) $(or $(ARGS),$(ROOT)/tests)
 
