@@ -171,7 +171,7 @@ inline void write_sums(const MatmulParams& p, int64_t m0, int64_t rows, int64_t 
   Epilogue epilogue(p);
   Epilogue::Columns<128> columns;
   epilogue.begin(o0, outputs, columns);
-  for (int64_t m = 0; m < rows; ++m, c += stride) epilogue.write(m0 + m, o0, outputs, c);
+  epilogue.write_rows(m0, rows, o0, outputs, c, stride);
 }
 
 inline void run_few_outputs(const MatmulParams& p) {
