@@ -67,17 +67,17 @@ inline void add_dot(const float* w, const float* x, int64_t n, Vec* sum, float* 
 }
 
 // Few rows of x: each row of W is decoded into registers once and meets every row of x there. absmax enters
-// as one multiply for every `step` weights, on the sum.
+// as one multiply for every `step` weights, on the sum. x [M, inner] and t [M, rank] are packed; `room`
+// [threads][row] is for a row of W or u as floats, or for a row's absmax (nested).
 template <int M>
-inline void dot_f32(const MatmulParams& p, const float* x, const float* t, int threads) {
+inline void dot_f32(const MatmulParams& p, const float* x, const float* t, float* room, int64_t row,
+                    int threads) {
   const CodeTable table = code_registers(code_table(p.weight4.quant_type));
   const bool four_bit = p.weight4.packed != nullptr;
   const int64_t step = p.weight4.log2_blocksize == 5 || p.inner % 64 ? 32 : 64;
-  const int64_t blocks = four_bit ? (p.inner >> p.weight4.log2_blocksize) + 2 : 0;
   constexpr int64_t kTask = 16;
   parallel_tasks(threads, ceil_div(p.outputs, kTask), [&](int thread, int64_t task) {
-    // The row of W as floats (dense), or its absmax (nested).
-    float* buffer = const_cast<float*>(t) + M * p.rank + thread * max_of(blocks, p.inner + p.rank);
+    float* buffer = room + thread * row;
     const int64_t o0 = task * kTask, outputs = min_of(kTask, p.outputs - o0);
     float y[M][kTask];
     for (int64_t o = o0; o < o0 + outputs; ++o) {
@@ -123,23 +123,25 @@ inline void matmul_f32_any(const MatmulParams& p) {
   const double work =
       static_cast<double>(p.rows) * static_cast<double>(p.outputs) * static_cast<double>(p.inner);
   const int threads = work < F32Kernel::kSerialWork ? 1 : p.threads;
-  const int64_t row = max_of(p.inner + p.rank, (p.inner >> p.weight4.log2_blocksize) + 2);
+  const int64_t blocks = (p.inner >> p.weight4.log2_blocksize) + 2;  // that a row of W has a part in
+  const int64_t row = max_of(max_of(p.inner, p.rank), blocks);
   float* x =
       static_cast<float*>(scratch(static_cast<size_t>((p.inner + p.rank) * p.rows + row * threads) * 4));
   float* t = x + p.rows * p.inner;
+  float* room = t + p.rows * p.rank;
   for (int64_t m = 0; m < p.rows; ++m) {
     read_row(p.x, m, 0, p.inner, x + m * p.inner);
     if (p.rank) read_row(p.t, m, 0, p.rank, t + m * p.rank);
   }
   switch (p.rows) {
     case 1:
-      return dot_f32<1>(p, x, t, threads);
+      return dot_f32<1>(p, x, t, room, row, threads);
     case 2:
-      return dot_f32<2>(p, x, t, threads);
+      return dot_f32<2>(p, x, t, room, row, threads);
     case 3:
-      return dot_f32<3>(p, x, t, threads);
+      return dot_f32<3>(p, x, t, room, row, threads);
     default:
-      return dot_f32<4>(p, x, t, threads);
+      return dot_f32<4>(p, x, t, room, row, threads);
   }
 }
 
