@@ -1,4 +1,4 @@
-// The 4-bit code tables and the nibble layout: their only copy in C++, for host and device.
+// The 4-bit code tables and the nibble layout: their only copy in C++.
 #pragma once
 
 #include <cstdint>

@@ -50,7 +50,7 @@ inline void parallel_tasks(int threads, int64_t tasks, const Body& body) {
   const uint32_t mode = FloatMode::current();
   // Eighths of a thread's part: neighbours prefetch for each other, and a core that others use too holds
   // nobody up.
-  const int64_t share = tasks < 8 * threads ? 1 : tasks / (8 * threads);
+  [[maybe_unused]] const int64_t share = tasks < 8 * threads ? 1 : tasks / (8 * threads);
 #pragma omp parallel num_threads(threads)
   {
     const FloatMode guard(mode);
