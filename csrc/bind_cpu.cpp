@@ -748,10 +748,12 @@ extern "C" PYBIND11_EXPORT PyObject* PyInit__cpu() {
   namespace py = pybind11;
   PYBIND11_CHECK_PYTHON_VERSION
   PYBIND11_ENSURE_INTERNALS_READY
-  static PyModuleDef definition;
+  // Never freed, as the module itself, and a new one where the file is loaded under a second name: one that
+  // both shared would be counted down twice at exit.
+  auto* definition = new PyModuleDef();
   try {
     py::module_ m =
-        py::module_::create_extension_module("_cpu", "The compiled CPU kernels of peftkern.", &definition);
+        py::module_::create_extension_module("_cpu", "The compiled CPU kernels of peftkern.", definition);
     peftkern::define(m);
     return m.release().ptr();
   } catch (py::error_already_set& e) {

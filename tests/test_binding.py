@@ -1170,6 +1170,20 @@ def test_fork_after_use() -> None:
     assert result.stdout == "done\n", result.stderr
 
 
+def test_the_file_under_a_second_name() -> None:
+    """Two modules of one file: each works, and the process ends as it should."""
+    code = """
+import importlib.util
+from peftkern import _cpu
+spec = importlib.util.spec_from_file_location("_cpu", _cpu.__file__)
+second = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(second)
+assert second is not _cpu and second.isa_levels() == _cpu.isa_levels()
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    assert result.returncode == 0, result.stderr
+
+
 def test_one_openmp_runtime() -> None:
     if not os.path.exists("/proc/self/maps"):
         pytest.skip("no /proc/self/maps")
