@@ -264,12 +264,12 @@ inline void run_few_rows(const MatmulParams& p) {
           const Bf16* row[2];
           alignas(64) Bf16 none[kColumns + 16], edge[2][16];
           for (int64_t i = 0; i < 2; ++i) {
-            row[i] = static_cast<const Bf16*>(p.dense.data) + (c0 + q + i) * p.dense.stride0 + o0;
             if (c0 + q + i >= p.inner) {
               std::memset(none, 0, sizeof(none));
               row[i] = none;
             } else {  // the row that lies `kAhead` below is on no page that the hardware would guess
               constexpr int64_t kAhead = 16;
+              row[i] = static_cast<const Bf16*>(p.dense.data) + (c0 + q + i) * p.dense.stride0 + o0;
               for (int64_t line = 0; line < kColumns; line += 32)
                 prefetch_l2(reinterpret_cast<uintptr_t>(row[i]) +
                             static_cast<uintptr_t>(2 * (kAhead * p.dense.stride0 + line)));

@@ -8,6 +8,21 @@
 //     A = rows o of W,  B = x packed once per call,      C = outᵀ   few rows of x against a dense W, and a
 //                                                                   plain 4-bit W that K cannot bring across:
 //                                                                   K::kGroups, K::in_groups
+//
+// What K has beside `multiply`, which sets C (`empty`) or adds to it:
+//     Elem, kPair               what is multiplied; neighbours of the contraction that share a lane of B. For
+//                               pairs there are interleave and interleave_n, which make them of two rows
+//     kLanes                    sums in a vector
+//     kDepth                    the contraction of a chunk, at most; padded to kAlignX or kAlignW, whole steps
+//     kPanelColumns, kStrip     outputs of a panel where A is x, and those that lie together
+//     kPanelRows, kShortPanels  outputs of a panel where A is W, and into how many one is cut for few rows of x
+//     kMaxRows                  rows of x in a block: those whose sums and copies are held at a time
+//     kRowSplitX, kRowSplitW    rows of x that a task has at least: a tile of registers or a few
+//     kAcross                   there is multiply_across, which takes A as pairs of columns
+//     kGroups                   there are in_groups, kGroup, decode_pairs and decode_columns for a 4-bit W whose
+//                               rows are whole groups, and reorder and restore for the order those leave
+//     kSerialWork               products that are not worth a second thread
+//
 // The addend is a last chunk of the contraction (x continues with t, W with u), so it costs rank / inner and
 // no pass over out. W is decoded one panel at a time into a buffer that fits the L2 cache and serves every
 // row of x; nothing of it outlives the call. A panel lies in strips: one of them and a few rows of x fit L1.
