@@ -198,6 +198,25 @@ def test_dequantized_for_a_vendors_product(
     bounds.check("out", out, Approx(bound.value, error, typical))
 
 
+def test_fp32_products_are_as_precise_as_torchs() -> None:
+    """However a caller asked for TF32: by the old switch or by the new one, after which the old raises."""
+    pytest.importorskip("triton", reason="the kernels import triton")
+    from peftkern.triton_kernels.matmul import precision
+
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        assert precision() == "ieee"
+        matmul.allow_tf32 = True
+        assert precision() == "tf32"
+        matmul.allow_tf32 = False
+        assert precision() == "ieee"
+        matmul.fp32_precision = "tf32"
+        assert precision() == "tf32"
+    finally:
+        matmul.fp32_precision = before
+
+
 def test_plans_keep_numbers_and_no_tensors() -> None:
     """A plan of sizes that were seen takes its numbers from a bounded cache, and nothing of its tensors."""
     pytest.importorskip("triton", reason="plans come with the kernels, which import triton")

@@ -362,7 +362,7 @@ def linear_4bit(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) 
     fp32 accumulation and one rounding at the end. The weight's values are the fp32 code · absmax, rounded to
     what the backend multiplies: for bf16 x to bf16 (as dequantize_4bit gives them) or not at all; for fp16 x
     not at all on cpu and reference, and to fp16, which tensor cores take, on triton; for fp32 x not at all
-    (on a GPU x and W to TF32 where torch.backends.cuda.matmul.allow_tf32 asks for it). With u the unit
+    (on a GPU x and W to TF32 where torch.backends.cuda.matmul.fp32_precision asks for it). With u the unit
     roundoff of that type (bf16 2^-8, fp16 2^-11, unrounded 0) and v that of x's dtype, to first order
 
         |y - exact| ≤ (u + (K + 6) 2^-24) (Σ|x||W| + |b|) + v |y|

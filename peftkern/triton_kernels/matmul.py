@@ -414,7 +414,8 @@ def words_problem(x: Tensor, weight: Weight4, transposed: bool) -> str | None:
 
 def precision() -> str:
     """TF32 only where torch would use it: off by default."""
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    # allow_tf32 says the same, but raises once a caller has set this
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 class _Fixed(NamedTuple):
