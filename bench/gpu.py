@@ -416,9 +416,18 @@ def _versions() -> str:
     for name in ("bitsandbytes", "peft"):
         try:
             found.append(f"{name} {__import__(name).__version__}")
-        except ImportError as error:
-            found.append(f"no {name} ({error})")
+        except Exception as error:  # not only ImportError: whatever keeps it from loading here
+            found.append(f"no {name} ({type(error).__name__}: {str(error).splitlines()[0]})")
     return ", ".join(found)
+
+
+def _clocks() -> str:
+    query = ["nvidia-smi", "--query-gpu=clocks.sm,clocks.mem,power.draw", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True)
+    except OSError as error:
+        return f"unknown ({error})"
+    return answer.stdout.strip() or answer.stderr.strip()
 
 
 def measure_all(
@@ -471,12 +480,7 @@ def main(
     torch.backends.cuda.matmul.allow_tf32 = False
     name = torch.cuda.get_device_name(device)
     target = file or ROOT / "bench" / "results" / name.split()[-1].lower() / "gpu.csv"
-    clocks = subprocess.run(
-        ["nvidia-smi", "--query-gpu=clocks.sm,clocks.mem,power.draw", "--format=csv,noheader"],
-        capture_output=True,
-        text=True,
-    )
-    print(f"{name}: {_versions()}; clocks and power now: {clocks.stdout.strip() or clocks.stderr.strip()}")
+    print(f"{name}: {_versions()}; clocks and power now: {_clocks()}")
     started = time.monotonic()
     wrong = list(exact_gate(device))
     print("\n".join(wrong) or f"gate: every element within its bound ({time.monotonic() - started:.0f} s)")

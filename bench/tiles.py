@@ -1,15 +1,17 @@
 """python -m bench.tiles: on a GPU, the times of candidate tiles for the table in triton_kernels/choices.py.
 
-Each candidate replaces the table's row, its result is compared with the table's own, and its time is that
-of a captured graph on rotating weights, as in bench.gpu. A tile that spills, or does not fit, is named
-and left out. The last line of a case says which tile won and what the dequantized way takes, hence where
-the crossover lies. Written without a GPU at hand.
+Each candidate replaces the table's row, its result is compared with that of the dequantized W, and its time
+is that of a captured graph on rotating weights, as in bench.gpu. A tile that does not fit, or is wrong, is
+named and left out. The last line of a case says which tile won and what the dequantized way takes, hence
+where the crossover lies; its rows are in the CSV by then. Written without a GPU at hand.
 """
 
 from __future__ import annotations
 
 import csv
+import os
 import statistics
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -55,26 +57,18 @@ def candidates(transposed: bool, rows: int) -> list[Any]:
     return [tile for tile in (turned if transposed else plain) if tile.rows <= max(16, 2 * rows)]
 
 
-def main(
-    m: Annotated[str, typer.Option(help="numbers of rows")] = M,
-    shapes: Annotated[str, typer.Option(help="names such as 4096x4096; empty: Llama-3-8B's")] = "",
-    file: Annotated[Path | None, typer.Option("--csv")] = None,
-) -> None:
-    if not torch.cuda.is_available():
-        raise typer.BadParameter("no CUDA device: nothing is measured")
-    from peftkern.triton_kernels import choices
+def timed(shapes: Sequence[str], tokens: Sequence[int], device: torch.device) -> Iterator[dict[str, Any]]:
+    """A row for each tile of each case."""
     from peftkern.triton_kernels import matmul as kernels
 
     matmul: Any = kernels
-    device = torch.device("cuda", torch.cuda.current_device())
     machine = backend._machine(device)
     table = matmul.words_tile
-    found: list[dict[str, Any]] = []
     for shape in LLAMA:
-        if shapes and shape.name not in shapes.split(","):
+        if shapes and shape.name not in shapes:
             continue
         weights = Weights(shape, device)
-        for rows in (int(one) for one in m.split(",")):
+        for rows in tokens:
             for transposed in (False, True):
                 inner, outputs = (shape.N, shape.K) if transposed else (shape.K, shape.N)
                 x = torch.randn(rows, inner, device=device, dtype=torch.bfloat16)
@@ -121,19 +115,33 @@ def main(
                     _elapsed(replay) / calls for _ in range(ROUNDS)
                 )
                 case = {"shape": shape.name, "M": rows, "transposed": transposed}
-                found += [{**case, "tile": name, "us": f"{ms * 1e3:.2f}"} for name, ms in times.items()]
+                for name, ms in times.items():
+                    yield {**case, "tile": name, "us": f"{ms * 1e3:.2f}"}
                 ranked = sorted(times.items(), key=lambda item: item[1])[:4]
                 line = ", ".join(f"{name} {ms * 1e3:.1f} µs" for name, ms in ranked)
                 print(f"{shape.name} M={rows} transposed={transposed}: {line}", flush=True)
         del weights
         torch.cuda.empty_cache()
-    limit = choices.of(choices.CROSSOVER, machine)
-    print(f"the table's crossover is at {limit} rows")
-    if file is not None:
-        with file.open("w", newline="") as out:
-            writer = csv.DictWriter(out, ("shape", "M", "transposed", "tile", "us"))
-            writer.writeheader()
-            writer.writerows(found)
+
+
+def main(
+    m: Annotated[str, typer.Option(help="numbers of rows")] = M,
+    shapes: Annotated[str, typer.Option(help="names such as 4096x4096; empty: Llama-3-8B's")] = "",
+    file: Annotated[Path | None, typer.Option("--csv")] = None,
+) -> None:
+    if not torch.cuda.is_available():
+        raise typer.BadParameter("no CUDA device: nothing is measured")
+    from peftkern.triton_kernels import choices
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    print(f"the table's crossover is at {choices.of(choices.CROSSOVER, backend._machine(device))} rows")
+    rows = timed(shapes.split(",") if shapes else (), [int(one) for one in m.split(",")], device)
+    with (file or Path(os.devnull)).open("w", newline="") as out:
+        writer = csv.DictWriter(out, ("shape", "M", "transposed", "tile", "us"))
+        writer.writeheader()
+        for row in rows:
+            writer.writerow(row)
+            out.flush()
 
 
 if __name__ == "__main__":
