@@ -191,7 +191,8 @@ def cases(capability: int, everything: bool) -> Iterator[Case]:
                 yield from several(M, transposed, size, True, bf16)
         for size in (256, 362):
             yield from several(512, transposed, size, True, fp32)
-            yield from several(512, transposed, size, False, bf16)
+            for M in (512, 8192):
+                yield from several(M, transposed, size, False, bf16)
         yield from several(512, transposed, 256, False, fp32)
 
     def thin(
@@ -257,11 +258,14 @@ def cases(capability: int, everything: bool) -> Iterator[Case]:
     for asked in ("G", "dB", "dbias"):
         yield from gradients(512, 16, asked, fp32)
 
-    def square(M: int, outputs: int, size: int, turned: bool, dtype: torch.dtype = bf16) -> Iterator[Case]:
-        """dM of MoRA; loads of neighbours are as wide as r̂ and the columns allow."""
-        count = -(-K // size)
+    def square(
+        M: int, outputs: int, size: int, turned: bool, dtype: torch.dtype = bf16, columns: int = K
+    ) -> Iterator[Case]:
+        """dM of MoRA; loads of neighbours are as wide as r̂, the columns and the rows' stride allow."""
+        count = -(-columns // size)
         rotation = _empty(count, 2, size // 2, dtype=fp32) if turned else None
-        dY, x, dM = _empty(M, outputs, dtype=dtype), _empty(M, K, dtype=dtype), _empty(size, size, dtype=fp32)
+        dY, x = _empty(M, outputs, dtype=dtype), _empty(M, columns, dtype=dtype)
+        dM = _empty(size, size, dtype=fp32)
         for launch in mora_grad.plan(machine, dM, dY, x, 1.0, count * size, rotation):
             main, a = launch.kernel is mora_grad.mora_grad, launch.arguments
             how = f"in blocks of {size}{' turned' if turned and not main else ''}"
@@ -281,6 +285,8 @@ def cases(capability: int, everything: bool) -> Iterator[Case]:
             yield from square(8192, outputs, size, turned, fp16)
             for M in (16, 8192):
                 yield from square(M, outputs, size, turned, fp32)
+    for size in (348, 389):  # x compressed: its rows are r̂ apart
+        yield from square(8192, 11008, size, False, columns=size)
 
     out = _empty(512, N, dtype=bf16)
     none, empty = _empty(512, 0, dtype=bf16), _empty(N, 0, dtype=bf16)

@@ -224,6 +224,30 @@ def test_a_plan_seen_before_takes_its_numbers_from_a_bounded_cache() -> None:
     assert info.maxsize
 
 
+def test_narrow_loads_take_no_wide_tile() -> None:
+    """Neighbours by r̂, the columns, the rows' stride and which way the matrix lies: 8 of them, or fewer."""
+    pytest.importorskip("triton", reason="plans come with the kernels, which import triton")
+    from peftkern.triton_kernels import launch, mora_grad
+
+    def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def found(dY: Tensor, x: Tensor, size: int, blocks: int) -> tuple[int, int, int]:
+        dM = empty(size, size, dtype=torch.float32)
+        plan = mora_grad.plan(launch.Machine(90, 132), dM, dY, x, 1.0, size * blocks, None)
+        a = plan[0].arguments
+        return a["BLOCK_I"] * a["BLOCK_J"], a["ALIGN_X"], a["ALIGN_Y"]
+
+    M, wide, narrow = 8192, 128 * 256, 128 * 128
+    assert found(empty(M, 4096), empty(M, 4096), 256, 16) == (wide, 16, 16)
+    assert found(empty(M, 4096), empty(M, 4096), 360, 12) == (wide, 8, 8)
+    assert found(empty(M, 4096), empty(M, 4096), 348, 12) == (narrow, 4, 4)
+    assert found(empty(M, 4096), empty(M, 256), 256, 1) == (wide, 16, 16)
+    assert found(empty(M, 389), empty(M, 389), 389, 1) == (narrow, 1, 1)
+    assert found(empty(M, 4096), empty(M, 260)[:, :256], 256, 1) == (narrow, 4, 16)
+    assert found(empty(4096, M).t(), empty(M, 4096), 256, 16) == (narrow, 16, 1)
+
+
 def test_parts_at_the_sizes_of_models() -> None:
     """Every step in one part; parts fill most of an H200, and are few: bounded by two waves of the widest
     tile, or one matrix of sums for each r̂ columns of dY."""
@@ -236,8 +260,10 @@ def test_parts_at_the_sizes_of_models() -> None:
         blocks = -(-outputs // size)
         for M in (1, 100, 512, 2048, 8192, 100_000):
             for turned in (False, True):
-                for full in (False, True):
-                    tile, per_part, parts = choices.mora_grad_tile(M, size, blocks, turned, full, machine)
+                for full, narrow in ((False, False), (False, True), (True, False)):
+                    tile, per_part, parts = choices.mora_grad_tile(
+                        M, size, blocks, turned, full, narrow, machine
+                    )
                     steps = -(-M // tile.inner) * (1 if turned else blocks)
                     assert (parts - 1) * per_part < steps <= parts * per_part
                     count = parts * (blocks if turned else 1)

@@ -1,8 +1,8 @@
 """Triton kernels (triton_kernels/) for CUDA tensors of compute capability 8.0 and up.
 
 With TRITON_INTERPRET=1 in the environment it takes CPU tensors instead, through Triton's interpreter:
-slow, for tests. Triton is imported by the first call that needs it, so that a machine without a GPU never
-pays for it.
+slow, for tests; that of Triton 3.6 needs numpy older than 2.4. Triton is imported by the first call that
+needs it, so that a machine without a GPU never pays for it.
 
 Above a number of rows (triton_kernels/choices.py) a 4-bit W is dequantized into a scratch buffer, which
 torch's allocator takes back when the call ends, and cuBLAS adds the product onto the addend.

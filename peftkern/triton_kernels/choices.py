@@ -67,12 +67,14 @@ WORDS_TRANSPOSED: dict[int, Rows] = {
 BYTES = Tile(64, 32, 32, 4, 2)
 # fp32 without tensor cores
 FLOAT32 = Tile(64, 32, 32, 4, 2)
+# with an addend of blocks, which needs the registers
+BLOCKS_FLOAT32 = Tile(32, 32, 32, 8, 2)
 
 # a dense W, one side of the product a rank
 THIN_OUTPUTS = {
     16: Tile(16, 64, 64, 4, 4),
-    32: Tile(32, 64, 64, 8, 3),
-    64: Tile(64, 64, 64, 4, 3),
+    32: Tile(32, 128, 64, 8, 3),
+    64: Tile(64, 128, 64, 8, 3),
 }  # x Aᵀ: a long sum
 THIN_ROWS = {
     16: Tile(64, 16, 64, 4, 3),
@@ -97,7 +99,7 @@ OUTPUT_GRADS: dict[int, dict[int, tuple[Pass, ...]]] = {
 }
 OUTPUT_GRADS_FLOAT32 = {
     16: (Pass(128, 32, 16, 8, 2), Pass(64, 32, 16, 4, 2)),
-    32: (Pass(64, 32, 32, 4, 2),),
+    32: (Pass(64, 32, 32, 8, 2),),
     64: (Pass(64, 32, 64, 8, 2),),
 }
 # at 64 the parts cost as much as another read of dY, in fewer launches
@@ -113,10 +115,14 @@ MORA_GRAD: dict[int, tuple[Tile, ...]] = {
     80: (Tile(128, 256, 32, 8, 4), Tile(128, 128, 32, 8, 4), Tile(64, 64, 64, 4, 4), Tile(32, 32, 64, 4, 4)),
 }
 MORA_GRAD_FLOAT32 = (Tile(64, 64, 16, 8, 2), Tile(32, 32, 32, 4, 2))
+# beside more sums the addresses of loads of fewer than 8 neighbours find no registers
+MORA_GRAD_NARROW = 128 * 128
 MORA_GRAD_ROWS = 256  # of a part, at least: it writes as much as so many rows of 128 columns of x and dY have
 
 # from this M on: dequantize into a scratch buffer, then cuBLAS adds onto the addend
 CROSSOVER: dict[int, int] = {90: 2048, 80: 1024}
+# of a tile, where the addend leaves few registers (matmul.plan)
+CROWDED_ROWS = {120: 32, 80: 64}
 # no wgmma, 99 KB of shared memory
 WORDS[120], WORDS_TRANSPOSED[120] = WORDS[80], WORDS_TRANSPOSED[80]
 OUTPUT_GRADS[120], CROSSOVER[120] = OUTPUT_GRADS[80], CROSSOVER[80]
@@ -179,10 +185,10 @@ def output_grads_tile(M: int, N: int, rank: int, full: bool, machine: Machine) -
 
 
 def mora_grad_tile(
-    M: int, size: int, blocks: int, turned: bool, full: bool, machine: Machine
+    M: int, size: int, blocks: int, turned: bool, full: bool, narrow: bool, machine: Machine
 ) -> tuple[Tile, int, int]:
     """The tile, how many of its steps are a part, and how many parts there are of each of the blocks of dY
-    where they are turned, of all where not; full: fp32.
+    where they are turned, of all where not; full: fp32; narrow: loads of fewer than 8 neighbours.
 
     Of the tiles that give three quarters of the machine something to do, or as much of it as any does, that
     which reads the fewest operands.
@@ -203,6 +209,8 @@ def mora_grad_tile(
         return -min(4 * programs, 3 * machine.processors), operands
 
     candidates = MORA_GRAD_FLOAT32 if full else of(MORA_GRAD, machine)
+    if narrow:
+        candidates = tuple(tile for tile in candidates if tile.outputs * tile.rows <= MORA_GRAD_NARROW)
     tile = min(candidates, key=cost)
     return tile, *parts(tile)
 

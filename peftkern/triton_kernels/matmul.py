@@ -42,11 +42,14 @@ from torch import Tensor
 from peftkern.triton_kernels.arithmetic import brought_to, dot, rounded, sum_of_parts, widened
 from peftkern.triton_kernels.blocks import blocks_addend
 from peftkern.triton_kernels.choices import (
+    BLOCKS_FLOAT32,
     BYTES,
+    CROWDED_ROWS,
     FLOAT32,
     GROUP,
     THIN_FLOAT32,
     Tile,
+    of,
     splits,
     thin_tile,
     tiles,
@@ -581,16 +584,17 @@ def plan(
         words = words_problem(x, weight, transposed) is None
         if words:
             # what sums its source in registers leaves none for a tile of more rows, nor do wide indices
-            narrow = blocks > 0 and transposed and not aligned
-            narrow |= where == "addend" and M * outputs > SHORT_INDICES
-            tile = words_tile(min(M, 64) if narrow else M, outputs, blocksize, transposed, machine)
+            crowded = blocks > 0 and transposed and not aligned
+            crowded |= where == "addend" and M * outputs > SHORT_INDICES
+            rows = min(M, of(CROWDED_ROWS, machine)) if crowded else M
+            tile = words_tile(rows, outputs, blocksize, transposed, machine)
             packed = packed.view(torch.int16 if transposed else torch.int32)
         else:
             tile = FLOAT32 if full else BYTES
         tensors["packed"], tensors["absmax"] = packed, absmax
         key = quant_type, blocksize, K, words
     if full and blocks:
-        tile = tile._replace(warps=2 * tile.warps)  # or it spills
+        tile = BLOCKS_FLOAT32
     kernel, grid, arguments, parts, finish = _fixed(
         machine, tile, precision() if full else "ieee", layout(out), layout(x), key, transposed, layout(t),
         layout(u), layout(bias), layout(values), grouped, length, blocks, aligned, where,

@@ -45,9 +45,10 @@ def mora_grad(
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """out [part, i, j]: scaling times the sum over a part of the steps, `steps` a block of dY, of which those
-    beyond M's are empty; of_x: n. ALIGN: a power of two that divides size and the columns."""
-    inputs = inputs // ALIGN_X * ALIGN_X
-    outputs = outputs // ALIGN_Y * ALIGN_Y
+    beyond M's are empty; of_x: n. ALIGN: a power of two that divides size, the columns and the rows' stride,
+    where columns are neighbours."""
+    inputs, stride_xm = inputs // ALIGN_X * ALIGN_X, stride_xm // ALIGN_X * ALIGN_X
+    outputs, stride_ym = outputs // ALIGN_Y * ALIGN_Y, stride_ym // ALIGN_Y * ALIGN_Y
     part, tile = tl.program_id(0), tl.program_id(1)
     tiles_j = tl.cdiv(size, BLOCK_J)
     first_i, first_j = tile // tiles_j * BLOCK_I, tile % tiles_j * BLOCK_J
@@ -127,7 +128,10 @@ def _fixed(
     _, (_, inputs), (stride_xm, stride_xc) = x
     _, (size, _), (stride_i, stride_j) = dM
     blocks, of_x = -(-outputs // size), columns // size
-    tile, per_part, parts = mora_grad_tile(M, size, blocks, turned, dtype == torch.float32, machine)
+    align_x = math.gcd(size, inputs, stride_xm, 16) if stride_xc == 1 else 1
+    align_y = math.gcd(size, outputs, stride_ym, 16) if stride_yn == 1 else 1
+    full, narrow = dtype == torch.float32, min(align_x, align_y) < 8
+    tile, per_part, parts = mora_grad_tile(M, size, blocks, turned, full, narrow, machine)
     count = blocks * parts if turned else parts
     whole = count == 1 and not turned
     arguments: dict[str, Any] = {
@@ -147,8 +151,8 @@ def _fixed(
         "stride_yn": stride_yn,
         "stride_xm": stride_xm,
         "stride_xc": stride_xc,
-        "ALIGN_X": math.gcd(size, inputs, 16),
-        "ALIGN_Y": math.gcd(size, outputs, 16),
+        "ALIGN_X": align_x,
+        "ALIGN_Y": align_y,
         "PRECISION": precision,
         "BLOCK_I": tile.outputs,
         "BLOCK_J": tile.rows,
