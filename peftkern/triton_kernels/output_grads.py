@@ -69,7 +69,7 @@ def output_grads(
         db = tl.zeros((BLOCK_R, BLOCK_N) if Y_RIGHT else (BLOCK_N, BLOCK_R), tl.float32)
     if dbias is not None:
         # a product with ones, the least that there is, for its sums: on tensor cores it costs nothing
-        ones = tl.full((BLOCK_M, 16), 1.0, COMPUTE)
+        ones = rounded(tl.full((BLOCK_M, 16), 1.0, tl.float32), COMPUTE)
         sums = tl.zeros((16, BLOCK_N) if Y_RIGHT else (BLOCK_N, 16), tl.float32)
     first = part * steps_per_part
     for step in range(first, tl.minimum(first + steps_per_part, tl.cdiv(M, BLOCK_M))):
