@@ -67,8 +67,6 @@ WORDS_TRANSPOSED: dict[int, Rows] = {
 BYTES = Tile(64, 32, 32, 4, 2)
 # fp32 without tensor cores
 FLOAT32 = Tile(64, 32, 32, 4, 2)
-# with an addend of blocks, which needs the registers
-BLOCKS_FLOAT32 = Tile(32, 32, 32, 8, 2)
 
 # a dense W, one side of the product a rank
 THIN_OUTPUTS = {

@@ -42,7 +42,6 @@ from torch import Tensor
 from peftkern.triton_kernels.arithmetic import brought_to, dot, rounded, sum_of_parts, widened
 from peftkern.triton_kernels.blocks import blocks_addend
 from peftkern.triton_kernels.choices import (
-    BLOCKS_FLOAT32,
     BYTES,
     CROWDED_ROWS,
     FLOAT32,
@@ -594,7 +593,8 @@ def plan(
         tensors["packed"], tensors["absmax"] = packed, absmax
         key = quant_type, blocksize, K, words
     if full and blocks:
-        tile = BLOCKS_FLOAT32
+        # or it spills; Y's tiles stay the base's, so that a zero matrix gives the base's bits
+        tile = tile._replace(outputs=32 if transposed else tile.outputs, warps=2 * tile.warps)
     kernel, grid, arguments, parts, finish = _fixed(
         machine, tile, precision() if full else "ieee", layout(out), layout(x), key, transposed, layout(t),
         layout(u), layout(bias), layout(values), grouped, length, blocks, aligned, where,
