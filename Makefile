@@ -44,7 +44,7 @@ $(TORCH_STAMP): | $(PY)
 	elif [ -n '$(TORCH)' ]; then \
 	  echo 'installing $(TORCH)'; $(PIP) '$(TORCH)'; \
 	fi
-	@$(PY) -W ignore -c 'import torch; print("torch==" + torch.__version__)' > $(STAMPS)/constraints.txt
+	@$(PY) -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > $(STAMPS)/constraints.txt
 	@touch $@
 
 $(STAMPS)/tools: $(TORCH_STAMP) Makefile
@@ -95,7 +95,7 @@ define build_variant
 endef
 
 test-triton: build ## the suite on the triton backend, in Triton's interpreter on the CPU: small and odd shapes
-	TRITON_INTERPRET=1 $(PY) -m pytest -k triton $(ARGS)
+	TRITON_INTERPRET=1 $(PY) -m pytest -k triton -n $(JOBS) $(ARGS)
 
 test-amx: build ## the suite on the AMX kernels, with software tiles: for a CPU without AMX
 	$(call build_variant,amx,-DPEFTKERN_EMULATE_AMX=ON)
