@@ -221,3 +221,12 @@ def test_isa_objects_define_nothing_shared() -> None:
             assert kind not in "wW", f"{path.name}: weak function {name}"
             if kind == "T":
                 assert name.startswith(f"peftkern::{level}::"), f"{path.name}: {name}"
+
+
+def test_no_level_asks_what_the_compiler_may_use() -> None:
+    """A -march in the user's CXXFLAGS holds for every file: a level that went by the compiler's macros would
+    not compile, or round as another one."""
+    sources = [*Path(__file__).parents[1].joinpath("csrc").rglob("*.*")]
+    assert len(sources) > 20
+    for path in sources:
+        assert not re.search(r"__(AVX|FMA|F16C|AMX)", path.read_text()), path.name

@@ -28,6 +28,7 @@
 // The adapters' thin products read their long side where it lies. At most 3 rows: dot products. Everything
 // else (dense weights, blocks that straddle rows) takes the common driver of matmul.inl.
 #define PEFTKERN_ISA amx
+#define PEFTKERN_VEC_BF16
 #include "cpu/vec_avx512.h"
 
 #include "cpu/matmul_bf16.inl"

@@ -1,4 +1,5 @@
 #define PEFTKERN_ISA avx512_bf16
+#define PEFTKERN_VEC_BF16
 #include "cpu/vec_avx512.h"
 
 #include "cpu/matmul_bf16.inl"

@@ -125,17 +125,12 @@ inline void read_row(const Matrix& a, int64_t i, int64_t j0, int64_t n, D* dst) 
   }
 }
 
-// Two neighbouring vectors, which AVX512_BF16 rounds at once.
+// Two neighbouring vectors. Where one instruction rounds both, vec_avx512.h has the better match.
 template <class T>
 inline void store_2(T* p, Vec a, Vec b) {
   store(p, a);
   store(p + Vec::kWidth, b);
 }
-#if defined(__AVX512BF16__)
-inline void store_2(Bf16* p, Vec a, Vec b) {
-  _mm512_storeu_si512(p, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(b.v, a.v)));
-}
-#endif
 
 template <class T>
 inline void write_row(T* dst, int64_t stride, const float* src, int64_t n) {

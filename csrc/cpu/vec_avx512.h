@@ -1,4 +1,6 @@
-// AVX-512 F + BW + VL + DQ: sixteen floats. The interface is explained in vec_scalar.h.
+// AVX-512 F + BW + VL + DQ: sixteen floats. The interface is explained in vec_scalar.h. A file that defines
+// PEFTKERN_VEC_BF16 rounds to bf16 by AVX512_BF16's instructions; the compiler's own macro would say what a user's
+// -march allows, and the level avx512 would change its bits.
 #pragma once
 
 #include <immintrin.h>
@@ -28,7 +30,7 @@ inline __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
 inline __m512 widen_bf16(__m256i x) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
 }
-#if defined(__AVX512BF16__)
+#if defined(PEFTKERN_VEC_BF16)
 // Flushes subnormals, as the products of these levels do.
 inline __m256i narrow_bf16(__m512 x) { return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x)); }
 #else
@@ -58,6 +60,11 @@ inline Vec load_n(const F16* p, int n) { return {_mm512_cvtph_ps(_mm256_maskz_lo
 inline void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
 inline void store(Bf16* p, Vec a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_bf16(a.v)); }
 inline void store(F16* p, Vec a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_f16(a.v)); }
+#if defined(PEFTKERN_VEC_BF16)
+inline void store_2(Bf16* p, Vec a, Vec b) {
+  _mm512_storeu_si512(p, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(b.v, a.v)));
+}
+#endif
 inline void store_n(float* p, Vec a, int n) { _mm512_mask_storeu_ps(p, first(n), a.v); }
 inline void store_n(Bf16* p, Vec a, int n) { _mm256_mask_storeu_epi16(p, first(n), narrow_bf16(a.v)); }
 inline void store_n(F16* p, Vec a, int n) { _mm256_mask_storeu_epi16(p, first(n), narrow_f16(a.v)); }
