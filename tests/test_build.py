@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -40,7 +41,7 @@ def tree(tmp_path: Path) -> Path:
         pytest.skip("needs the source tree")
     copy = tmp_path / "tree"
     copy.mkdir()
-    for name in ("CMakeLists.txt", "setup.py", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("CMakeLists.txt", "MANIFEST.in", "setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
     for name in ("csrc", "peftkern"):
         shutil.copytree(
@@ -140,3 +141,16 @@ def test_wheel_contents(tree: Path, tmp_path: Path) -> None:
         if p.suffix in (".py", ".pyi", ".typed")
     }
     assert names == expected
+
+
+def test_sdist_contents(tree: Path, tmp_path: Path) -> None:
+    """What the module is built from travels: setuptools itself knows of no csrc and no CMakeLists.txt."""
+    build = f"from setuptools.build_meta import build_sdist; build_sdist({str(tmp_path)!r})"
+    result = run(sys.executable, "-c", build, cwd=tree)
+    assert result.returncode == 0, result.stdout
+    (path,) = tmp_path.glob("peftkern-*.tar.gz")
+    with tarfile.open(path) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    sources = {str(p.relative_to(tree)) for p in (tree / "csrc").rglob("*") if p.is_file()}
+    assert len(sources) > 20
+    assert names >= sources | {"CMakeLists.txt", "setup.py", "pyproject.toml", "LICENSE", "README.md"}
