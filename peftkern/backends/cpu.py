@@ -14,7 +14,7 @@ from torch import Tensor, get_num_threads
 from peftkern.backends import Backend, Call, Dropout, Middle, Spread, Weight4
 from peftkern.backends.dropout import Masked
 from peftkern.backends.linear import ComposedLinear, gemm_onto, product_by_product
-from peftkern.backends.mora import ComposedMora, onto_base
+from peftkern.backends.mora import ComposedMora, OntoBase
 
 _cpu: Any = None
 _missing: str | None = None
@@ -176,7 +176,7 @@ BACKEND = Backend(
         "linear": linear,
         "linear_grad": linear_grad,
         "compress": compress,
-        "mora": partial(onto_base, _mora, matmul, _matmul_dense, _ROWS),
+        "mora": OntoBase(_mora, matmul, _matmul_dense, _ROWS).mora,
         "mora_grad": _mora_grad,
         "dequantize": dequantize,
         "quantize": quantize,

@@ -96,37 +96,41 @@ class ComposedMora(NamedTuple):
                 term = torch.empty_like(dM)
 
 
-def onto_base(
-    alone: Primitive,
-    matmul: Primitive,
-    matmul_dense: Primitive,
-    most: int | None,
-    out: Tensor,
-    z: Tensor | None,
-    x: Tensor,
-    weight: Weight4 | Tensor | None,
-    transposed: bool,
-    matrix: Tensor,
-    scaling: float,
-    bias: Tensor | None,
-    middle: Middle,
-) -> None:
-    """The row `mora`: what `alone` makes in fp32 is spread in the epilogue of the product with the base. With
-    several blocks, which keep no z, it is as wide as x: `most` rows at a time, for which the base is decoded
-    or streamed anew."""
-    M = x.shape[0]
-    if weight is None:
-        alone(out, z, x, transposed, matrix, scaling, bias, middle)
-        return
-    columns, outer = middle.columns, middle.outer
-    to_middle = middle._replace(outer=(False, columns))
-    step = M if most is None or columns == matrix.shape[0] else split(M, most)
-    values = x.new_empty(min(M, step), columns, dtype=torch.float32)
-    for start in range(0, M, max(1, step)):
-        rows = min(step, M - start)
-        X, Y, V = cut(x, start, rows), cut(out, start, rows), cut(values, 0, rows)
-        alone(V, z, X, transposed, matrix, scaling, None, to_middle)
-        if isinstance(weight, Tensor):
-            matmul_dense(Y, X, weight, transposed, None, None, bias, (V, *outer))
-        else:
-            matmul(Y, X, weight, transposed, 1.0, None, None, bias, (V, *outer))
+class OntoBase(NamedTuple):
+    """`mora`: what `alone` makes in fp32 is spread in the epilogue of the product with the base. With several
+    blocks, which keep no z, it is as wide as x: `most` rows at a time, for which the base is decoded or
+    streamed anew."""
+
+    alone: Primitive
+    matmul: Primitive
+    matmul_dense: Primitive
+    most: int | None
+
+    def mora(
+        self,
+        out: Tensor,
+        z: Tensor | None,
+        x: Tensor,
+        weight: Weight4 | Tensor | None,
+        transposed: bool,
+        matrix: Tensor,
+        scaling: float,
+        bias: Tensor | None,
+        middle: Middle,
+    ) -> None:
+        M = x.shape[0]
+        if weight is None:
+            self.alone(out, z, x, transposed, matrix, scaling, bias, middle)
+            return
+        columns, outer = middle.columns, middle.outer
+        to_middle = middle._replace(outer=(False, columns))
+        step = M if self.most is None or columns == matrix.shape[0] else split(M, self.most)
+        values = x.new_empty(min(M, step), columns, dtype=torch.float32)
+        for start in range(0, M, max(1, step)):
+            rows = min(step, M - start)
+            X, Y, V = cut(x, start, rows), cut(out, start, rows), cut(values, 0, rows)
+            self.alone(V, z, X, transposed, matrix, scaling, None, to_middle)
+            if isinstance(weight, Tensor):
+                self.matmul_dense(Y, X, weight, transposed, None, None, bias, (V, *outer))
+            else:
+                self.matmul(Y, X, weight, transposed, 1.0, None, None, bias, (V, *outer))

@@ -10,7 +10,7 @@ from torch import Tensor
 from peftkern import reference
 from peftkern.backends import Backend, Call, Mask, Spread, Weight4
 from peftkern.backends.linear import ComposedLinear, product_by_product
-from peftkern.backends.mora import ComposedMora, onto_base
+from peftkern.backends.mora import ComposedMora, OntoBase
 from peftkern.formats import DoubleQuant, QuantizedWeight
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -109,7 +109,7 @@ BACKEND = Backend(
         "linear": _LINEAR.forward,
         "linear_grad": _LINEAR.backward,
         "compress": compress,
-        "mora": partial(onto_base, _MORA.alone, matmul, matmul_dense, 384),
+        "mora": OntoBase(_MORA.alone, matmul, matmul_dense, 384).mora,
         "mora_grad": _MORA.grad,
         "dequantize": dequantize,
         "quantize": quantize,

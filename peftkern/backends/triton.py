@@ -22,7 +22,7 @@ from torch import Tensor
 
 from peftkern.backends import Backend, Call, Mask, Middle, Spread, Weight4
 from peftkern.backends.linear import ComposedLinear, gemm_onto, product_by_product
-from peftkern.backends.mora import ComposedMora, onto_base
+from peftkern.backends.mora import ComposedMora, OntoBase
 from peftkern.reference import keep_threshold
 
 if TYPE_CHECKING:
@@ -187,6 +187,7 @@ def quantize(weight: Tensor, packed: Tensor, absmax: Tensor, quant_type: str, bl
 
 # one block, for some rows at a time
 _MORA = ComposedMora(matmul, compress, scratch=1 << 26)
+_ONTO_BASE = OntoBase(_MORA.alone, matmul, matmul_dense, None)
 
 
 def mora(
@@ -206,8 +207,7 @@ def mora(
     (rows, outputs), size = out.shape, matrix.shape[0]
     _, _, columns, rotation = middle
     if columns == size:
-        base = (_MORA.alone, matmul, matmul_dense, None)
-        onto_base(*base, out, z, x, weight, transposed, matrix, scaling, bias, middle)
+        _ONTO_BASE.mora(out, z, x, weight, transposed, matrix, scaling, bias, middle)
         return
     if rows == 0 or outputs == 0:
         return
