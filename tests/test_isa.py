@@ -229,4 +229,4 @@ def test_no_level_asks_what_the_compiler_may_use() -> None:
     sources = [*Path(__file__).parents[1].joinpath("csrc").rglob("*.*")]
     assert len(sources) > 20
     for path in sources:
-        assert not re.search(r"__(AVX|FMA|F16C|AMX)", path.read_text()), path.name
+        assert not re.search(r"__(AVX|FMA|F16C|AMX)", path.read_text(encoding="utf-8")), path.name
