@@ -24,7 +24,7 @@ PY := $(BIN)/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 STAMPS := $(VENV)/.stamps
 TORCH_STAMP := $(STAMPS)/torch-$(shell printf '%s' '$(TORCH)' | cksum | cut -d' ' -f1)
-CXX_SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cpu/*.inl)
+CXX_SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cpu/*.inl tests/*.cpp)
 BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt csrc/cpu/kernels.inc $(CXX_SOURCES)
 
 .PHONY: help build test test-amx test-triton compile-report bench bench-gpu lint fmt sanitize sanitize-gpu clean
@@ -98,17 +98,19 @@ endef
 test-triton: build ## the suite on the triton backend, in Triton's interpreter on the CPU: small and odd shapes
 	TRITON_INTERPRET=1 $(PY) -m pytest -k triton -n $(JOBS) $(ARGS)
 
-test-amx: build ## the suite on the AMX kernels, with software tiles: for a CPU without AMX
+# pytest's faulthandler would take SIGILL away from tests/amx_trap.cpp
+PYTEST_EMULATED = $(PY) -m pytest -p no:faulthandler -c $(ROOT)/pyproject.toml --rootdir $(ROOT) $(or $(ARGS),$(ROOT)/tests)
+
+test-amx: build ## the suite on the AMX kernels as they ship, for a CPU without AMX: each tile instruction is emulated
 	$(call build_variant,amx,-DPEFTKERN_EMULATE_AMX=ON)
-	cd build/amx/site && $(PY) -m pytest -c $(ROOT)/pyproject.toml --rootdir $(ROOT) $(or $(ARGS),$(ROOT)/tests)
+	cd build/amx/site && $(PYTEST_EMULATED)
 
 SANITIZERS = $(foreach library,libasan.so libubsan.so libstdc++.so,$(shell $(or $(CXX),c++) -print-file-name=$(library)))
 
-# software tiles: loads and stores of the tile instructions themselves would not be checked
-sanitize: build ## the suite under AddressSanitizer and UndefinedBehaviorSanitizer, the AMX kernels emulated
+# emulated: what the tile instructions themselves load and store would not be checked
+sanitize: build ## the suite under AddressSanitizer and UndefinedBehaviorSanitizer, the AMX instructions emulated
 	$(call build_variant,sanitize,-DPEFTKERN_SANITIZE=ON -DPEFTKERN_EMULATE_AMX=ON)
-	cd build/sanitize/site && LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 \
-	  $(PY) -m pytest -c $(ROOT)/pyproject.toml --rootdir $(ROOT) $(or $(ARGS),$(ROOT)/tests)
+	cd build/sanitize/site && LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 $(PYTEST_EMULATED)
 
 # torch's allocator would hide reads past a tensor's end
 sanitize-gpu: build ## on an NVIDIA GPU: compute-sanitizer's memcheck, racecheck and initcheck, each with its summary

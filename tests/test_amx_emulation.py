@@ -1,4 +1,6 @@
-"""The model of AMX that stands in for it on other CPUs: TDPBF16PS by its definition, faults by the manual.
+"""The instructions of AMX: TDPBF16PS by its definition, addresses, and what the CPU refuses.
+
+On a CPU without AMX this tests what stands in for it there, amx_trap.cpp; on one that has it, the CPU itself.
 
 Definition (Intel SDM, TDPBF16PS), for each element of C: two sums over the pairs from 0, of the even and of
 the odd products, each step one FMA; then even + odd, then that onto C. Every operation rounds to nearest
@@ -23,29 +25,37 @@ SMALLEST = 2.0**-126
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def flags() -> str:
+    try:
+        return Path("/proc/cpuinfo").read_text()
+    except OSError as error:
+        pytest.skip(f"no /proc/cpuinfo: {error}")
+
+
+@pytest.fixture(scope="module")
+def calls(flags: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     compiler = next((c for c in ("c++", "g++", "clang++") if shutil.which(c)), None)
     if compiler is None:
         pytest.skip("no C++ compiler")
-    try:
-        flags = Path("/proc/cpuinfo").read_text()
-    except OSError as error:
-        pytest.skip(f"no /proc/cpuinfo: {error}")
-    if "avx512bw" not in flags:
-        pytest.skip("the model itself needs AVX-512")
-    library = tmp_path_factory.mktemp("tile") / "model.so"
-    wide = ["-mfma", "-mavx512f", "-mavx512bw", "-mavx512vl"]
-    source = str(ROOT / "tests/tile_model.cpp")
+    sources = [str(ROOT / "tests/amx_calls.cpp")]
+    if "amx_bf16" in flags:
+        _cpu = pytest.importorskip("peftkern._cpu", reason="peftkern._cpu is not built")
+        if "amx" not in _cpu.isa_levels():  # which asks for the process's permission
+            pytest.skip("the kernel does not let this process use AMX")
+    elif "avx512bw" in flags:
+        sources.append(str(ROOT / "tests/amx_trap.cpp"))
+    else:
+        pytest.skip("amx_trap.cpp needs AVX-512")
+    library = tmp_path_factory.mktemp("amx") / "calls.so"
     subprocess.run(
         [
             compiler,
             "-std=c++17",
             "-O3",
-            *wide,
-            "-shared",
-            "-fPIC",
-            f"-I{ROOT}/csrc",
-            source,
+            "-ffp-contract=off",
+            *["-mfma", "-mavx512f", "-mavx512bw", "-mavx512vl"],
+            *["-shared", "-fPIC", f"-I{ROOT}/csrc"],
+            *sources,
             "-o",
             str(library),
         ],
@@ -110,13 +120,13 @@ def no_nan(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
 @pytest.mark.parametrize("values", [normal, small, no_nan, any_bits], ids=lambda f: f.__name__)
 @pytest.mark.parametrize(("rows", "pairs", "columns"), [(16, 16, 16), (3, 16, 16), (16, 5, 7), (1, 1, 1)])
 def test_product_is_the_definition_bit_by_bit(
-    model: Path,
+    calls: Path,
     values: Callable[[np.random.Generator, tuple[int, ...]], np.ndarray],
     rows: int,
     pairs: int,
     columns: int,
 ) -> None:
-    library = ctypes.CDLL(str(model))
+    library = ctypes.CDLL(str(calls))
     rng = np.random.default_rng(0)
     for _ in range(20):
         a, b = np.zeros((16, 16, 2), np.uint16), np.zeros((16, 16, 2), np.uint16)
@@ -136,12 +146,23 @@ def test_product_is_the_definition_bit_by_bit(
         assert same.all(), f"{(~same).sum()} elements differ, the first at {np.argwhere(~same)[0]}"
 
 
-def test_mxcsr_is_left_alone(model: Path) -> None:
-    """The model works with subnormals as zeros; the caller's arithmetic goes on without."""
-    library = ctypes.CDLL(str(model))
+def test_mxcsr_is_left_alone(calls: Path) -> None:
+    """Tiles take subnormals as zeros; the caller's arithmetic goes on without."""
+    library = ctypes.CDLL(str(calls))
     tiles = [np.zeros((16, 16), np.float32) for _ in range(3)]
     library.product(*[ctypes.c_void_p(t.ctypes.data) for t in tiles], 16, 16, 16)
     assert np.float32(SMALLEST) * np.float32(0.5) != 0
+
+
+@pytest.mark.parametrize("registers", ["low", "high"])
+@pytest.mark.parametrize("quarter", [16, 17, 33])
+def test_addresses(calls: Path, registers: str, quarter: int) -> None:
+    source = np.random.default_rng(0).integers(0, 256, (16, 4 * quarter), dtype=np.uint8)
+    copied = np.zeros_like(source)
+    copy = ctypes.CDLL(str(calls))[f"copy_by_{registers}_registers"]
+    copy(ctypes.c_void_p(source.ctypes.data), ctypes.c_void_p(copied.ctypes.data), ctypes.c_int64(quarter))
+    assert (copied[:, :64] == source[:, :64]).all()
+    assert not copied[:, 64:].any()
 
 
 FAULTS = [
@@ -160,11 +181,21 @@ FAULTS = [
 ]
 
 
-@pytest.mark.parametrize("which", range(len(FAULTS)))
-def test_what_the_cpu_refuses_stops_the_process(model: Path, which: int) -> None:
-    code = f"import ctypes; ctypes.CDLL({str(model)!r}).fault({which})"
-    run = subprocess.run(
+def stops(library: Path, call: str) -> subprocess.CompletedProcess[str]:
+    code = f"import ctypes; ctypes.CDLL({str(library)!r}).{call}"
+    return subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
     )
+
+
+@pytest.mark.parametrize("which", range(len(FAULTS)))
+def test_what_the_cpu_refuses_stops_the_process(flags: str, calls: Path, which: int) -> None:
+    if "amx_bf16" in flags:
+        pytest.skip("the CPU's own faults need no test")
+    run = stops(calls, f"fault({which})")
     assert run.returncode == -signal.SIGABRT
     assert FAULTS[which] in run.stderr
+
+
+def test_other_instructions_stay_illegal(calls: Path) -> None:
+    assert stops(calls, "undefined()").returncode == -signal.SIGILL

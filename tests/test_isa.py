@@ -185,8 +185,6 @@ def test_no_wide_instruction_outside_its_level() -> None:
     }
     for level, names in own.items():
         assert names, f"no symbol of {level}: a stripped module cannot be checked"
-    if _cpu.build_info()["emulated_amx"]:
-        own["avx512_bf16"] += own.pop("amx")
     # the test itself sees wide code where it is expected
     for level in own:
         if level != "scalar":

@@ -23,15 +23,13 @@ uint64_t xcr0() {
 // asks; the answer holds for all of its threads.
 bool tiles_usable(bool has_tiles, uint64_t state) {
 #if defined(PEFTKERN_EMULATE_AMX)
-  (void)has_tiles, (void)state;
-  return true;
-#else
+  if (!has_tiles) return true;
+#endif
   constexpr uint64_t kTileState = 0x60000;
   constexpr long kReqXcompPerm = 0x1023;  // ARCH_REQ_XCOMP_PERM
   constexpr long kXTileData = 18;
   return has_tiles && (state & kTileState) == kTileState &&
          syscall(SYS_arch_prctl, kReqXcompPerm, kXTileData) == 0;
-#endif
 }
 
 Isa detect() {

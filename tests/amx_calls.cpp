@@ -1,9 +1,8 @@
-// The software tiles of csrc/cpu/tile.h behind C functions, for test_amx_emulation.py.
-#define PEFTKERN_EMULATE_AMX
-#define PEFTKERN_ISA model
+// The instructions of csrc/cpu/tile.h behind C functions, for test_amx_emulation.py.
+#define PEFTKERN_ISA calls
 #include "cpu/tile.h"
 
-using namespace peftkern::model;
+using namespace peftkern::calls;
 
 namespace {
 
@@ -30,6 +29,36 @@ extern "C" void product(float* c, const uint16_t* a, const uint16_t* b, int rows
   tile_release();
 }
 
+// A tile of 16 rows from `from` to `to`, whose rows are 4 * stride bytes apart, by forms of address that the kernels may
+// not have at the moment.
+extern "C" void copy_by_high_registers(const uint8_t* from, uint8_t* to, int64_t stride) {
+  const TileConfig config = shapes(16, 16, 16);
+  register const TileConfig* shape __asm__("r12") = &config - 1;
+  register const uint8_t* base __asm__("r13") = from - 64;
+  register int64_t quarter __asm__("r9") = stride;
+  __asm__ volatile(
+      "ldtilecfg 64(%0)\n\t"
+      "tileloadd 64(%1,%2,4), %%tmm2"
+      :
+      : "r"(shape), "r"(base), "r"(quarter)
+      : "memory");
+  tile_store<2>(to, 4 * stride);
+  tile_release();
+}
+extern "C" void copy_by_low_registers(const uint8_t* from, uint8_t* to, int64_t stride) {
+  static TileConfig config = shapes(16, 16, 16);  // from the instruction on
+  register const uint8_t* base __asm__("rsi") = from + 4096;
+  register int64_t half __asm__("rbx") = 2 * stride;
+  __asm__ volatile(
+      "ldtilecfg %2\n\t"
+      "tileloaddt1 -4096(%0,%1,2), %%tmm2"
+      :
+      : "r"(base), "r"(half), "m"(config)
+      : "memory");
+  tile_store<2>(to, 4 * stride);
+  tile_release();
+}
+
 // What the CPU answers with a fault.
 extern "C" void fault(int which) {
   TileConfig config = shapes(16, 16, 16);
@@ -48,3 +77,6 @@ extern "C" void fault(int which) {
   if (which == 11) return tile_zero<3>();
   tile_dpbf16<0, 1, 2>();
 }
+
+// No instruction of AMX.
+extern "C" void undefined() { __asm__ volatile("ud2"); }
