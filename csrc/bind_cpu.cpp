@@ -498,15 +498,17 @@ TensorView block_rotation(py::handle object, int64_t columns, int64_t size, cons
   return turns;
 }
 
-void bind_mora(py::handle out_object, py::handle z_object, py::handle x_object, py::handle matrix_object,
-               bool transposed, float alpha, py::handle bias_object, py::handle inner, py::handle outer,
-               py::handle columns_object, py::handle rotation_object, int threads) {
+void bind_mora(py::handle out_object, py::handle z_object, py::handle x_object, py::handle weight,
+               bool transposed, py::handle matrix_object, float alpha, py::handle bias_object,
+               py::handle inner, py::handle outer, py::handle columns_object, py::handle rotation_object,
+               int threads) {
   MoraParams p;
   p.threads = checked_threads(threads);
   p.alpha = alpha;
   const TensorView out = matrix_view("out", out_object);
   Outputs outputs(out);
   p.out.out = matrix(out);
+  p.out.transposed = transposed;
   p.out.rows = p.compress.rows = out.shape[0];
   p.out.outputs = out.shape[1];
   TensorView z;
@@ -521,6 +523,11 @@ void bind_mora(py::handle out_object, py::handle z_object, py::handle x_object, 
   expect_shape(x, {out.shape[0], x.shape[1]});
   p.compress.x = matrix(x);
   p.compress.wide = x.shape[1];
+  if (!weight.is_none()) {
+    p.out.x = matrix(x);
+    p.out.inner = x.shape[1];
+    set_packed_weight(p.out, weight, outputs);
+  }
   std::tie(p.compress.grouped, p.compress.length) = walk("inner", inner);
 
   const TensorView square = input_matrix("matrix", matrix_object, outputs);
@@ -549,7 +556,7 @@ void bind_mora(py::handle out_object, py::handle z_object, py::handle x_object, 
   if (out.numel == 0 && (z_object.is_none() || out.shape[0] == 0)) return;
   py::gil_scoped_release release;
   outputs.prefer_huge_pages();
-  mora(p);
+  p.out.weight4.packed ? mora_linear(p) : mora(p);
 }
 
 void bind_mora_grad(py::handle out_object, py::handle grad_object, py::handle x_object, float alpha,
@@ -710,10 +717,10 @@ void define(py::module_& m) {
   m.def("compress", bind_compress, arg("out"), arg("x"), arg("grouped"), arg("length"), arg("rotation"),
         arg("inverse").noconvert(), arg("threads"),
         "out[m, q] = the sum of x[m, i] over the columns i that go with q, then blocks of out turned");
-  m.def("mora", bind_mora, arg("out"), arg("z"), arg("x"), arg("matrix"), arg("transposed").noconvert(),
-        arg("alpha"), arg("bias"), arg("inner"), arg("outer"), arg("columns"), arg("rotation"),
+  m.def("mora", bind_mora, arg("out"), arg("z"), arg("x"), arg("weight"), arg("transposed").noconvert(),
+        arg("matrix"), arg("alpha"), arg("bias"), arg("inner"), arg("outer"), arg("columns"), arg("rotation"),
         arg("threads"),
-        "out = bias + spread of alpha * z Mᵀ in each block of columns, z = compress(x), turned");
+        "out = x Wᵀ + bias + spread of alpha * z Mᵀ in each block of columns, z = compress(x), turned");
   m.def("mora_grad", bind_mora_grad, arg("out"), arg("grad"), arg("x"), arg("alpha"), arg("columns"),
         arg("rotation"), arg("threads"),
         "out = alpha * the sum over rows and blocks of gᵀ z, the middles of grad and of x, turned");

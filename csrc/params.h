@@ -143,15 +143,15 @@ struct CompressParams {
   int threads = 1;
 };
 
-// MoRA without a base: z = compress(x), turned; v = alpha * z Mᵀ (or z M) in each block of `size` columns, in
-// fp32, turned back; out = bias + spread(v).
+// MoRA: z = compress(x), turned; v = alpha * z Mᵀ (or z M) in each block of `size` columns, in fp32, turned
+// back; out = bias + spread(v). mora_linear(), of a 4-bit W: out = x Wᵀ + bias + spread(v), or x W.
 struct MoraParams {
   CompressParams compress;  // of x. out: where z is wanted, contiguous, of x's dtype; else without data
   int64_t size = 0;         // r̂
   Matrix matrix;            // [size, size] as w(o, c)
   float alpha = 1.0f;
   const float* turn_back = nullptr;  // [columns / size][2][size / 2]: cos, sin; or nullptr
-  MatmulParams out;                  // rows, outputs, bias, out, spread but for its values
+  MatmulParams out;  // rows, outputs, bias, out, spread but for its values; for mora_linear x and W too
   int threads = 1;
 };
 

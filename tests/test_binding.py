@@ -491,8 +491,9 @@ def mora(**changes: Any) -> Tensor:
         "out": torch.full((M, 20), torch.nan),
         "z": torch.full((M, 24), torch.nan),
         "x": torch.randn(M, 22),
-        "matrix": torch.randn(6, 6),
+        "weight": None,
         "transposed": False,
+        "matrix": torch.randn(6, 6),
         "alpha": 1.0,
         "bias": torch.randn(20),
         "inner": (False, 24),
@@ -557,6 +558,14 @@ def test_mora_refuses_tensors(
     ("call", "change", "error", "message"),
     [
         (mora, {"out": torch.empty(1, 20).expand(M, 20)}, ValueError, "out: expected elements that do not"),
+        (mora, {"weight": packed_weight()}, ValueError, r"\[outputs, inner\] = \[20, 22\] .*"),
+        (
+            mora,
+            {"weight": packed_weight(), "transposed": True},
+            ValueError,
+            r"weight: expected \[inner, outputs\] = \[22, 20\] .*",
+        ),
+        (mora, {"weight": torch.randn(20, 22)}, TypeError, r"weight: expected \(packed"),
         (mora, {"x": torch.randn(M + 1, 22)}, ValueError, r"x: expected shape \[3, 22\], got \[4, 22\]"),
         (mora, {"z": torch.empty(M, 24).bfloat16()}, ValueError, "z: expected dtype torch.float32, got"),
         (mora, {"z": torch.empty(M, 18)}, ValueError, r"z: expected shape \[3, 24\], got \[3, 18\]"),
@@ -1139,7 +1148,7 @@ def step():
     _cpu.matmul(results[3], w[:, :0], w[:, :0], False, 1.0, None, None, None, spread, 4)
     results += [torch.empty(512, 512), torch.empty(64, 64)]
     ends = (False, 512), (False, 512)
-    _cpu.mora(results[4], None, w, w[:64, :64], False, 1.0, None, *ends, 512, None, 4)
+    _cpu.mora(results[4], None, w, None, False, w[:64, :64], 1.0, None, *ends, 512, None, 4)
     _cpu.mora_grad(results[5], w, w, 1.0, 512, None, 4)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for rows in (1, 8, 300):

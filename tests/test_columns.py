@@ -11,6 +11,8 @@ from bounds import SMALLEST, UNIT
 from guarded import guarded
 from torch import Tensor
 
+from peftkern import quantize_4bit
+
 _cpu = pytest.importorskip("peftkern._cpu", reason="peftkern._cpu is not built", exc_type=ImportError)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -266,6 +268,11 @@ MIDDLES = [
     (19, 1300, 1100, 1, 50),
     (9, 60, 17, 4, 68),
     (130, 200, 48, 1, 300),
+    # at most 4 rows of the middle
+    (1, 100, 37, 1, 51),
+    (2, 130, 66, 2, 100),
+    (3, 300, 202, 1, 260),
+    (4, 700, 530, 1, 1000),
 ]
 _MORA_IDS = ["-".join(map(str, middle)) for middle in MIDDLES]
 
@@ -297,7 +304,19 @@ def test_mora_of_whole_numbers(
                     for m in (matrix, matrix.t().contiguous().t()):
                         out.fill_(torch.nan)
                         _cpu.mora(
-                            out, kept, x, m, transposed, 2.0, bias.float(), inner, outer, columns, None, 2
+                            out,
+                            kept,
+                            x,
+                            None,
+                            transposed,
+                            m,
+                            2.0,
+                            bias.float(),
+                            inner,
+                            outer,
+                            columns,
+                            None,
+                            2,
                         )
                         assert torch.equal(out.double(), expected), name
                 assert torch.equal(z.double(), middle)
@@ -330,7 +349,7 @@ def test_mora_touches_nothing_else(dtype: torch.dtype, at: str, isa: str) -> Non
         matrix, out = guarded(torch.randn(size, size).to(dtype), at), torch.empty_like(grad)
         z, out = (guarded(torch.full((rows, n), torch.nan).to(dtype), at) for n in (columns, outputs))
         for transposed in (False, True):
-            _cpu.mora(out, z, x, matrix, transposed, 1.0, None, *ends, table, 2)
+            _cpu.mora(out, z, x, None, transposed, matrix, 1.0, None, *ends, table, 2)
             assert out.isfinite().all()
             assert z.isfinite().all()
         dM = guarded(torch.full((size, size), torch.nan), at)
@@ -347,13 +366,55 @@ def test_mora_has_the_same_bits_on_any_thread_count(dtype: torch.dtype, isa: str
         ends = (False, 330), (False, 310), 330, table
         outs = [torch.full((200, 310), torch.nan, dtype=dtype) for _ in range(4)]
         for threads, out in enumerate(outs, 1):
-            _cpu.mora(out, None, x, matrix, transposed, 0.7, None, *ends, threads)
+            _cpu.mora(out, None, x, None, transposed, matrix, 0.7, None, *ends, threads)
         assert all(torch.equal(out, outs[0]) for out in outs)
         for m in (0, 77, 199):
             alone = torch.full((1, 310), torch.nan, dtype=dtype)
-            _cpu.mora(alone, None, x[m : m + 1], matrix, transposed, 0.7, None, *ends, 1)
+            _cpu.mora(alone, None, x[m : m + 1], None, transposed, matrix, 0.7, None, *ends, 1)
             assert torch.equal(alone, outs[0][m : m + 1])
+    few, square = x[:4], torch.randn(512, 512).to(dtype)
+    outs = [torch.full((4, 310), torch.nan, dtype=dtype) for _ in range(4)]
+    for threads, out in enumerate(outs, 1):
+        _cpu.mora(
+            out, None, few, None, False, square, 0.7, None, (False, 512), (False, 310), 512, None, threads
+        )
+    assert all(torch.equal(out, outs[0]) for out in outs)
     sums = [torch.full((66, 66), torch.nan) for _ in range(4)]
     for threads, dM in enumerate(sums, 1):
         _cpu.mora_grad(dM, grad, x, 0.7, 330, table, threads)
     assert all(torch.equal(dM, sums[0]) for dM in sums)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("transposed", [False, True], ids=["plain", "transposed"])
+@pytest.mark.parametrize("double_quant", [False, True], ids=["plain", "nested"])
+def test_mora_onto_a_base_is_what_its_kernels_make(
+    double_quant: bool, transposed: bool, dtype: torch.dtype, isa: str
+) -> None:
+    """Bit by bit, with rows in several parts too: what mora makes in fp32, spread by the product with W."""
+    weight = quantize_4bit(torch.randn(128, 192), double_quant=double_quant)
+    wide, outputs = weight.shape if transposed else weight.shape[::-1]
+    bias = torch.randn(outputs)
+    for rows, size, blocks in ((1, 40, 1), (3, 40, 5), (33, 40, 1), (4100, 24, 1), (800, 48, 4)):
+        columns, grouped = size * blocks, blocks == 1 and rows > 1
+        inner, outer = (grouped, 0 if grouped else columns), (grouped, 0 if grouped else outputs)
+        table = torch.randn(blocks, 2, size // 2) if blocks > 1 else None
+        x, matrix = torch.randn(rows, wide).to(dtype), torch.randn(size, size)
+        out, kept = (torch.full((rows, n), torch.nan, dtype=dtype) for n in (outputs, columns))
+        z = kept if blocks == 1 else None
+        ends = inner, outer, columns, table, 2
+        _cpu.mora(out, z, x, weight.kernel_args, transposed, matrix, 0.7, bias, *ends)
+        parts = 1 if rows <= 384 else -(-rows // (384 if blocks > 1 else 4096))
+        for part in torch.arange(rows).chunk(parts):
+            some = x[part[0] : part[-1] + 1]
+            values = torch.full((len(part), columns), torch.nan)
+            alone = torch.full((len(part), columns), torch.nan, dtype=dtype)
+            whole = inner, (False, columns), columns, table, 2
+            _cpu.mora(
+                values, alone if z is not None else None, some, None, transposed, matrix, 0.7, None, *whole
+            )
+            expected = torch.full((len(part), outputs), torch.nan, dtype=dtype)
+            spread = (values, *outer)
+            _cpu.matmul(expected, some, weight.kernel_args, transposed, 1.0, None, None, bias, spread, 2)
+            assert torch.equal(out[part], expected)
+            assert z is None or torch.equal(z[part], alone)

@@ -28,9 +28,10 @@ PEFTKERN_PRIMITIVES(PRIMITIVE)
 inline constexpr const char* kPrimitives[] = {PEFTKERN_PRIMITIVES(PRIMITIVE)};
 #undef PRIMITIVE
 
-// Several products by matmul() in a row (linear.cpp): each as it would be alone, bit by bit.
+// Several kernels in a row (linear.cpp): each as it would be alone, bit by bit.
 void linear(const LinearParams& p);
 void linear_grad(const LinearGradParams& p);
+void mora_linear(const MoraParams& p);
 
 // The level in use: the best available one until another is set. `isa` must be available.
 Isa active_isa();

@@ -1,4 +1,7 @@
-// A linear layer with a low-rank adapter, forward and backward: products by matmul(), one after the other.
+// A linear layer with its adapter: kernels one after the other. With a low-rank one forward and backward, with
+// MoRA forward, which is its own adjoint.
+#include <algorithm>
+
 #include "cpu/dispatch.h"
 #include "cpu/scratch.h"
 
@@ -21,6 +24,12 @@ void product(const Matrix& out, int64_t rows, int64_t outputs, const Matrix& x, 
   p.out = out;
   p.threads = threads;
   matmul(p);
+}
+
+int64_t size_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
+
+void skip_rows(Matrix& a, int64_t rows) {
+  if (a.data) a.data = static_cast<char*>(a.data) + rows * a.stride0 * size_of(a.dtype);
 }
 
 // 1 in each dtype: a row of ones is this with a stride of 0.
@@ -53,7 +62,7 @@ void linear_grad(const LinearGradParams& p) {
   Matrix g;
   if (p.rank && (p.da.data || (p.dx.data && p.a.data))) {
     const size_t elements = static_cast<size_t>(p.rows) * static_cast<size_t>(p.rank);
-    g = {operand_scratch(elements * (p.dy.dtype == DType::f32 ? 4 : 2)), p.dy.dtype, p.rank, 1};
+    g = {operand_scratch(elements * static_cast<size_t>(size_of(p.dy.dtype))), p.dy.dtype, p.rank, 1};
     product(g, p.rows, p.rank, p.dy, p.outputs, p.b, p.scaling, p.threads);
   }
   if (p.da.data) product(p.da, p.rank, p.inner, transposed(g), p.rows, p.x, 1.0f, p.threads);
@@ -77,6 +86,33 @@ void linear_grad(const LinearGradParams& p) {
     dx.out = p.dx;
     dx.threads = p.threads;
     matmul(dx);
+  }
+}
+
+// v [rows, columns] in fp32, then out with v spread in the epilogue of the product, some rows at a time, for
+// which W is decoded anew: so few where v has several blocks, as wide as x, that it stays in the L3 cache.
+void mora_linear(const MoraParams& p) {
+  const int64_t rows = p.out.rows, columns = p.compress.columns, most = columns == p.size ? 4096 : 384;
+  if (!rows) return;
+  const int64_t parts = (rows + most - 1) / most;
+  const int64_t part = (rows + parts - 1) / parts;
+  const size_t floats = static_cast<size_t>(part) * static_cast<size_t>(columns);
+  const Matrix values = {operand_scratch(floats * sizeof(float)), DType::f32, columns, 1};
+  MoraParams v = p;
+  v.out = MatmulParams();
+  v.out.outputs = v.out.spread.columns = v.out.spread.length = columns;
+  v.out.out = values;
+  MatmulParams out = p.out;
+  out.threads = p.threads;
+  out.spread.values = values;
+  for (int64_t m = 0; m < rows; m += part) {
+    v.compress.rows = v.out.rows = out.rows = std::min(part, rows - m);
+    mora(v);
+    matmul(out);
+    skip_rows(v.compress.x, part);
+    skip_rows(v.compress.out, part);
+    skip_rows(out.x, part);
+    skip_rows(out.out, part);
   }
 }
 

@@ -9,6 +9,7 @@ namespace {
 
 struct F32Kernel {
   using Elem = float;
+  static constexpr int kDotRows = 0;
   static constexpr int kPair = 1;
   static constexpr int kLanes = Vec::kWidth;
   static constexpr int kAccumulators = kLanes == 16 ? 24 : 12;  // of 32 or 16 registers

@@ -8,6 +8,9 @@
 //   floor      2 · rows · n r̂² flops at the peak of the multiply; x and out once
 //   reached    type 6, 512 x 4096, r̂ = 256, bf16, cold: 0 to 5 % over the bare product of the same shapes
 //
+// A few rows of the middle meet the rows of M where those lie: a panel would be one more matrix to write and to
+// read, from memory, since a call's scratch is cold where a layer's weights have passed.
+//
 // A row's bits do not depend on the rows that share its task.
 //
 // MoraGradParams: dM = alpha · Σ g_bᵀ z_b, a contraction over the rows of the middle. Some rows of both
@@ -54,6 +57,7 @@ class Mora {
                                      4.0 * static_cast<double>(p.compress.wide + p.out.outputs));
     const int threads = work < K::kSerialWork ? 1 : p.threads;
     const int64_t z_bytes = line_bytes<T>(columns);
+    if (by_dots()) return run_few(threads, z_bytes);
     const int64_t a_bytes = in_place ? 0 : line_bytes<Elem>(blocks * padded);
     const int64_t v_bytes = line_bytes<float>(blocks * v_stride);
     const int64_t row_bytes = z_bytes + a_bytes + v_bytes;
@@ -75,17 +79,47 @@ class Mora {
       char* mine = memory + panel_bytes + row_bytes * group_rows * thread;
       const int64_t end = min_of((task + 1) * task_rows, rows);
       for (int64_t m = task * task_rows; m < end; m += group_rows) {
-        T* z = p.compress.out.data ? static_cast<T*>(p.compress.out.data) + m * columns
-                                   : reinterpret_cast<T*>(mine);
-        run_rows(m, min_of(group_rows, end - m), z, reinterpret_cast<Elem*>(mine + z_bytes * group_rows),
+        run_rows(m, min_of(group_rows, end - m), z_at(m, mine),
+                 reinterpret_cast<Elem*>(mine + z_bytes * group_rows),
                  reinterpret_cast<float*>(mine + (z_bytes + a_bytes) * group_rows));
       }
     });
   }
 
  private:
+  static constexpr int64_t kDotOutputs = 32;  // of a task
   static constexpr int64_t kGroupBytes = 384 << 10;
   static constexpr int64_t kGroupRows = 48;
+
+  // Where row m of the middle is wanted, or else `room`.
+  T* z_at(int64_t m, char* room) const {
+    return p.compress.out.data ? static_cast<T*>(p.compress.out.data) + m * p.compress.columns
+                               : reinterpret_cast<T*>(room);
+  }
+
+  bool by_dots() const {
+    const bool readable =
+        p.matrix.stride1 == 1 && (p.matrix.dtype == p.compress.x.dtype || p.matrix.dtype == DType::f32);
+    return std::is_same_v<T, Elem> && p.compress.rows * blocks <= K::kDotRows && p.compress.rows && readable;
+  }
+
+  void run_few(int threads, int64_t z_bytes) const {
+    if constexpr (K::kDotRows > 0) {
+      const int64_t rows = p.compress.rows, columns = p.compress.columns;
+      char* memory =
+          static_cast<char*>(scratch(static_cast<size_t>((z_bytes + line_bytes<float>(columns)) * rows)));
+      T* z = z_at(0, memory);
+      float* v = reinterpret_cast<float*>(memory + z_bytes * rows);
+      for (int64_t m = 0; m < rows; ++m) compress.row(m, z + m * columns);
+      if constexpr (std::is_same_v<T, Elem>) {
+        parallel_tasks(threads, ceil_div(p.size, kDotOutputs), [&](int, int64_t task) {
+          const int64_t o0 = task * kDotOutputs, o1 = min_of(o0 + kDotOutputs, p.size);
+          K::dot_rows(p.matrix, o0, o1, rows * blocks, z, p.size, v, p.size);
+        });
+      }
+      finish(0, rows, v);
+    }
+  }
 
   int64_t strip_columns(int64_t strip) const { return min_of(kStrip, p.size - strip * kStrip); }
   // Strips of a chunk lie one after the other, each with room for what packing leaves beyond its depth.
@@ -111,10 +145,7 @@ class Mora {
       convert_row(z + k * p.size, 1, p.size, room + k * padded);
       std::memset(room + k * padded + p.size, 0, static_cast<size_t>(padded - p.size) * sizeof(Elem));
     }
-    MatmulParams out = p.out;
-    out.rows = count;
-    out.out.data =
-        static_cast<char*>(out.out.data) + m0 * out.out.stride0 * (out.out.dtype == DType::f32 ? 4 : 2);
+    const MatmulParams out = rows_of_out(m0, count);
     const Epilogue lines(out);
     const int64_t steps = ceil_div(middle, K::kRowSplitX) * strips * ceil_div(padded, depth);
     int64_t step = 0;
@@ -133,9 +164,23 @@ class Mora {
     }
     for (int64_t k = 1; v_stride != p.size && k < middle; ++k)
       std::memmove(v + k * p.size, v + k * v_stride, static_cast<size_t>(p.size) * sizeof(float));
-    if (p.alpha != 1.0f) scale(v, count * columns);
+    finish(m0, count, v);
+  }
+
+  MatmulParams rows_of_out(int64_t m0, int64_t count) const {
+    MatmulParams out = p.out;
+    out.rows = count;
+    out.out.data =
+        static_cast<char*>(out.out.data) + m0 * out.out.stride0 * (out.out.dtype == DType::f32 ? 4 : 2);
+    return out;
+  }
+
+  // From v, the sums of rows m0 … m0 + count, to out.
+  void finish(int64_t m0, int64_t count, float* v) const {
+    if (p.alpha != 1.0f) scale(v, count * p.compress.columns);
     if (p.turn_back) turn_back(v, count);
-    out.spread.values = {v, DType::f32, columns, 1};
+    MatmulParams out = rows_of_out(m0, count);
+    out.spread.values = {v, DType::f32, p.compress.columns, 1};
     run_alone(out, 0, count, 0, ceil_div(out.outputs, kAloneColumns));
   }
 

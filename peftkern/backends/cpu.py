@@ -142,10 +142,11 @@ def _in_one_pass(rows: int, size: int) -> bool:
     return size <= 512 or 4 * rows >= size
 
 
-def _mora(
+def mora(
     out: Tensor,
     z: Tensor | None,
     x: Tensor,
+    weight: Weight4 | Tensor | None,
     transposed: bool,
     matrix: Tensor,
     scaling: float,
@@ -153,13 +154,22 @@ def _mora(
     middle: Middle,
 ) -> None:
     size = matrix.shape[0]
-    if _in_one_pass(x.shape[0] * (middle.columns // size), size):
-        _cpu.mora(out, z, x, matrix, transposed, scaling, bias, *middle, get_num_threads())
-    else:
+    if not isinstance(weight, Tensor) and _in_one_pass(x.shape[0] * (middle.columns // size), size):
+        _cpu.mora(out, z, x, weight, transposed, matrix, scaling, bias, *middle, get_num_threads())
+    elif weight is None:
         _MORA.alone(out, z, x, transposed, matrix, scaling, bias, middle)
+    else:
+        _ONTO_BASE.mora(out, z, x, weight, transposed, matrix, scaling, bias, middle)
 
 
-def _mora_grad(
+def _mora_alone(out: Tensor, z: Tensor | None, x: Tensor, *args: Any) -> None:
+    mora(out, z, x, None, *args)
+
+
+_ONTO_BASE = OntoBase(_mora_alone, matmul, _matmul_dense, _ROWS)
+
+
+def mora_grad(
     dM: Tensor, dY: Tensor, x: Tensor, scaling: float, columns: int, rotation: Tensor | None
 ) -> None:
     size = dM.shape[0]
@@ -176,8 +186,8 @@ BACKEND = Backend(
         "linear": linear,
         "linear_grad": linear_grad,
         "compress": compress,
-        "mora": OntoBase(_mora, matmul, _matmul_dense, _ROWS).mora,
-        "mora_grad": _mora_grad,
+        "mora": mora,
+        "mora_grad": mora_grad,
         "dequantize": dequantize,
         "quantize": quantize,
     },
