@@ -29,8 +29,8 @@ extern "C" void product(float* c, const uint16_t* a, const uint16_t* b, int rows
   tile_release();
 }
 
-// A tile of 16 rows from `from` to `to`, whose rows are 4 * stride bytes apart, by forms of address that the kernels may
-// not have at the moment.
+// A tile of 16 rows from `from` to `to`, whose rows are 4 * stride bytes apart, by forms of address that the
+// kernels may not have at the moment.
 extern "C" void copy_by_high_registers(const uint8_t* from, uint8_t* to, int64_t stride) {
   const TileConfig config = shapes(16, 16, 16);
   register const TileConfig* shape __asm__("r12") = &config - 1;

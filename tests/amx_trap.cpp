@@ -1,9 +1,9 @@
-// AMX for a CPU without it. Such a CPU refuses every tile instruction with SIGILL; the handler here does what the
-// instruction would have done and goes on behind it. So the code under test is the code that ships, to the
+// AMX for a CPU without it. Such a CPU refuses every tile instruction with SIGILL; the handler here does what
+// the instruction would have done and goes on behind it. So the code under test is the code that ships, to the
 // byte: its encodings, its operands, and the order in which the compiler left tile and other instructions.
 //
-// Results are the architecture's bit by bit (order of additions, rounding, subnormals). Where the CPU would fault,
-// the process stops with a word why.
+// Results are the architecture's bit by bit (order of additions, rounding, subnormals). Where the CPU would
+// fault, the process stops with a word why.
 //
 // Linked into the module with PEFTKERN_EMULATE_AMX, or built alone: loading it is enough.
 #include <immintrin.h>
@@ -78,8 +78,8 @@ void store(int tile, uint8_t* p, int64_t stride) {
     std::memcpy(p + r * stride, state.data[tile][r], state.config.row_bytes[tile]);
 }
 
-// c[m][n] += sum_k a[m][2k] b[k][2n] + a[m][2k+1] b[k][2n+1]. Two sums for each element, of the even and of the
-// odd products, both from zero; each step is one FMA. Then even + odd, then that onto c.
+// c[m][n] += sum_k a[m][2k] b[k][2n] + a[m][2k+1] b[k][2n+1]. Two sums for each element, of the even and of
+// the odd products, both from zero; each step is one FMA. Then even + odd, then that onto c.
 void product(int c, int a, int b) {
   const char* const name = "TDPBF16PS";
   check(name, c);
@@ -92,8 +92,8 @@ void product(int c, int a, int b) {
   if (config.rows[c] != config.rows[a]) fault(name, "C and A differ in rows");
   if (config.row_bytes[c] != config.row_bytes[b]) fault(name, "C and B differ in columns");
   if (config.row_bytes[a] / 4 != config.rows[b]) fault(name, "the columns of A are not the rows of B");
-  // Round to nearest even, subnormals are zeros, before and after, no exceptions. The caller's mode comes back with
-  // the rest of its registers.
+  // Round to nearest even, subnormals are zeros, before and after, no exceptions. The caller's mode comes back
+  // with the rest of its registers.
   const uint32_t mode = 0x9fc0;
   __asm__ volatile("ldmxcsr %0" : : "m"(mode) : "memory");
   const __mmask16 columns = static_cast<__mmask16>((1u << (config.row_bytes[c] / 4)) - 1u);
@@ -115,8 +115,8 @@ void product(int c, int a, int b) {
   }
 }
 
-// An instruction in three-byte VEX form, all that AMX has: C4, [R X B mmmmm], [W vvvv L pp], opcode, ModRM, SIB and
-// displacement. R, X, B and vvvv are inverted.
+// An instruction in three-byte VEX form, all that AMX has: C4, [R X B mmmmm], [W vvvv L pp], opcode, ModRM, SIB
+// and displacement. R, X, B and vvvv are inverted.
 struct Instruction {
   int map, prefix, opcode, mod, reg, rm, third;
   bool narrow;               // W = 0, L = 0
@@ -182,7 +182,7 @@ Instruction decode(const ucontext_t& context) {
 
 // Prefixes: none 0, 66 1, F3 2, F2 3.
 bool execute(const Instruction& i) {
-  if (i.map != 2 || !i.narrow) return false;
+  if (i.map != 2 || !i.narrow || (i.third && i.opcode != 0x5c)) return false;
   const bool memory = i.mod != 3, sibmem = memory && i.rm == 4;
   uint8_t* const at = const_cast<uint8_t*>(i.at);
   switch (i.opcode << 4 | i.prefix) {
