@@ -24,7 +24,7 @@ PY := $(BIN)/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 STAMPS := $(VENV)/.stamps
 TORCH_STAMP := $(STAMPS)/torch-$(shell printf '%s' '$(TORCH)' | cksum | cut -d' ' -f1)
-CXX_SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cpu/*.inl tests/*.cpp)
+CXX_SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/cpu/*.inl)
 BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt csrc/cpu/kernels.inc $(CXX_SOURCES)
 
 .PHONY: help build test test-amx test-triton compile-report bench bench-gpu lint fmt sanitize sanitize-gpu clean
@@ -78,12 +78,12 @@ lint: $(STAMPS)/built ## ruff, mypy and clang-format, changing nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p peftkern -p bench
-	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
+	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES) $(wildcard tests/*.cpp)
 
 fmt: $(STAMPS)/tools ## let ruff and clang-format rewrite the sources
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(CXX_SOURCES)
+	$(BIN)/clang-format -i $(CXX_SOURCES) $(wildcard tests/*.cpp)
 
 # $(1): a folder under build, $(2): CMake options. A copy of the package beside its own module, so that the tests run
 # there import this one and the module in the source tree stays as it is.
@@ -107,8 +107,8 @@ test-amx: build ## the suite on the AMX kernels as they ship, for a CPU without 
 
 SANITIZERS = $(foreach library,libasan.so libubsan.so libstdc++.so,$(shell $(or $(CXX),c++) -print-file-name=$(library)))
 
-# emulated: what the tile instructions themselves load and store would not be checked
-sanitize: build ## the suite under AddressSanitizer and UndefinedBehaviorSanitizer, the AMX instructions emulated
+# On a CPU without AMX the emulation's loads and stores are checked too; AMX's own would not be.
+sanitize: build ## the suite under AddressSanitizer and UndefinedBehaviorSanitizer, AMX emulated where there is none
 	$(call build_variant,sanitize,-DPEFTKERN_SANITIZE=ON -DPEFTKERN_EMULATE_AMX=ON)
 	cd build/sanitize/site && LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 $(PYTEST_EMULATED)
 

@@ -5,7 +5,8 @@
 // Results are the architecture's bit by bit (order of additions, rounding, subnormals). Where the CPU would
 // fault, the process stops with a word why.
 //
-// Linked into the module with PEFTKERN_EMULATE_AMX, or built alone: loading it is enough.
+// Linked into the module with PEFTKERN_EMULATE_AMX, or built alone: loading it is enough. In the AMX level's
+// namespace, since it is as wide.
 #include <immintrin.h>
 #include <signal.h>
 #include <ucontext.h>
@@ -188,6 +189,7 @@ bool execute(const Instruction& i) {
   switch (i.opcode << 4 | i.prefix) {
     case 0x490:
       if (memory) {
+        if (i.reg) return false;
         Config config;
         std::memcpy(&config, at + (i.has_index ? i.stride : 0), sizeof(config));
         return configure(config), true;

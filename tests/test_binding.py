@@ -987,6 +987,17 @@ def test_sizes_that_no_memory_could_hold() -> None:
             _cpu.linear_grad(None, dA, None, None, dY, x, None, None, B, None, 1.0, 1)
 
 
+def test_one_row_may_have_any_stride() -> None:
+    """Nothing follows it: the stride is of no consequence, and too much to multiply by anything."""
+    row = torch.randn(1, K)
+    far, out = (t.as_strided(t.shape, (2**62, 1)) for t in (row, torch.empty(1, N)))
+    matrix, ends = torch.randn(8, 8), ((False, K), (False, N), K)
+    expected = torch.empty(1, N)
+    for x, y in ((row, expected), (far, out)):
+        _cpu.mora(y, None, x, packed_weight(), False, matrix, 1.0, None, *ends, None, 1)
+    assert torch.equal(out, expected)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="pages are renewed on Linux alone")
 def test_renewed_pages_are_those_of_the_tensor_alone() -> None:
     """Whole pages of 2 MiB inside it come back fresh, the memory around it stays, whatever the address."""

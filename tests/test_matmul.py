@@ -1,4 +1,4 @@
-"""The cpu backend's product over many rows: every side a matrix can stand on, every layout it is read in."""
+"""The cpu backend's product: every side a matrix can stand on, every layout it is read in."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from peftkern.backends.cpu import _cpu
 # Rows in several blocks, pieces and strips with remainders, one chunk of the contraction and more, outputs
 # that fill no vector; 64, 384 and 1664 columns are whole groups of a 4-bit weight, 330 and 1700 are not.
 # On avx512_bf16 13 panels or 14 of 128 outputs, two strips, do for one thread; two share out half as wide
-# ones.
+# ones. Then few rows, which have a way of their own: in one group or several, of few outputs and of many.
 SIZES = [(25, 70, 64), (97, 130, 384), (150, 7, 330), (400, 72, 64), (60, 1664, 384), (49, 1700, 330)]
+SIZES += [(1, 1030, 384), (2, 70, 64), (4, 130, 330), (9, 16, 384), (24, 7, 330)]
 LAYOUTS = ["rows", "apart", "odd", "columns"]
 
 
@@ -71,7 +72,7 @@ def product(
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("transposed", [False, True], ids=["plain", "transposed"])
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: "x".join(map(str, size)))
-def test_many_rows(size: tuple[int, int, int], transposed: bool, layout: str, at: str, isa: str) -> None:
+def test_layouts(size: tuple[int, int, int], transposed: bool, layout: str, at: str, isa: str) -> None:
     """Within the bound of fp64, nothing touched beyond any matrix, the same bits on any number of threads."""
     (x, t, u, bias), weights = product(size, transposed, at)
     for weight, dtype, expected in weights:

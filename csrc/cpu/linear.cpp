@@ -28,8 +28,10 @@ void product(const Matrix& out, int64_t rows, int64_t outputs, const Matrix& x, 
 
 int64_t size_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
-void skip_rows(Matrix& a, int64_t rows) {
-  if (a.data) a.data = static_cast<char*>(a.data) + rows * a.stride0 * size_of(a.dtype);
+// From row m on, which exists: one row alone may have any stride.
+Matrix rows_from(Matrix a, int64_t m) {
+  if (a.data && m) a.data = static_cast<char*>(a.data) + m * a.stride0 * size_of(a.dtype);
+  return a;
 }
 
 // 1 in each dtype: a row of ones is this with a stride of 0.
@@ -89,10 +91,13 @@ void linear_grad(const LinearGradParams& p) {
   }
 }
 
-// v [rows, columns] in fp32, then out with v spread in the epilogue of the product, some rows at a time, for
-// which W is decoded anew: so few where v has several blocks, as wide as x, that it stays in the L3 cache.
+// v [rows, columns] in fp32, then out with v spread in the epilogue of the product; some rows at a time, for
+// which W is decoded anew. With several blocks v is as wide as x: rows enough to hide the decoding. One block
+// is narrow: rows enough to be next to all, and few enough for v to be kept from call to call.
 void mora_linear(const MoraParams& p) {
-  const int64_t rows = p.out.rows, columns = p.compress.columns, most = columns == p.size ? 4096 : 384;
+  constexpr int64_t kWideRows = 384, kNarrowRows = 4096;
+  const int64_t rows = p.out.rows, columns = p.compress.columns;
+  const int64_t most = columns == p.size ? kNarrowRows : kWideRows;
   if (!rows) return;
   const int64_t parts = (rows + most - 1) / most;
   const int64_t part = (rows + parts - 1) / parts;
@@ -107,12 +112,12 @@ void mora_linear(const MoraParams& p) {
   out.spread.values = values;
   for (int64_t m = 0; m < rows; m += part) {
     v.compress.rows = v.out.rows = out.rows = std::min(part, rows - m);
+    v.compress.x = rows_from(p.compress.x, m);
+    v.compress.out = rows_from(p.compress.out, m);
+    out.x = rows_from(p.out.x, m);
+    out.out = rows_from(p.out.out, m);
     mora(v);
     matmul(out);
-    skip_rows(v.compress.x, part);
-    skip_rows(v.compress.out, part);
-    skip_rows(out.x, part);
-    skip_rows(out.out, part);
   }
 }
 

@@ -304,8 +304,9 @@ inline void add_dot(const T* w, const Bf16* x, int64_t x_stride, int64_t n, __m5
   int64_t i = 0;
   for (; i + 32 <= n; i += 32) {
     const __m512i row = weights_32(w + i);
-    _mm_prefetch(reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(w + i) + kDotAheadBytes),
-                 _MM_HINT_T1);
+    for (uintptr_t line = 0; line < 32 * sizeof(T); line += 64)
+      _mm_prefetch(reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(w + i) + kDotAheadBytes + line),
+                   _MM_HINT_T1);
     for (int m = 0; m < M; ++m) sum[m] = dot(sum[m], row, x + m * x_stride + i);
   }
   if (i < n) {

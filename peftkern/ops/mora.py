@@ -498,10 +498,10 @@ def mora_linear(
     grad gets dW = dYᵀ X. Saved: z [M, r̂], M and the weight by reference, never a dequantized W, and x only
     for a dense W that requires grad; for type 6 and "decoupling" with K > r̂, x by reference instead of z,
     and u, as wide as x and in fp32, exists for at most 384 rows at a time (for all where there are fewer),
-    beside what `mora` says (on triton no u). First derivatives in reverse mode
-    only: double backward and forward mode raise RuntimeError. Under torch.autocast x and a dense W are cast
-    as F.linear casts them; the matrix is brought to that dtype inside the product and keeps its own for its
-    gradient.
+    beside what `mora` says (on triton no u; on cpu a thread keeps the memory of its last u, up to 64
+    MiB). First derivatives in reverse mode only: double backward and forward mode raise RuntimeError.
+    Under torch.autocast x and a dense W are cast as F.linear casts them; the matrix is brought to that
+    dtype inside the product and keeps its own for its gradient.
 
     Raises TypeError or ValueError naming the argument; RuntimeError when a forced backend cannot run the
     call. Method: MoRA, Jiang et al., arXiv 2405.12130, whose scaling is 1; QLoRA, Dettmers et al., arXiv
