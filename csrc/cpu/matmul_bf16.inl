@@ -399,33 +399,48 @@ struct DotTask {
   const Epilogue* epilogue;
 };
 
-// sums[e] += t · u[o + e], e < n <= 16: t of one row of x, `room` for a row of u. Just before the lanes are
-// summed: on its own each row would cost a load and a store of its sums.
+// sums[e] += t · u[o + e], e < n <= 16: t of one row of x, `room` for a row of u.
 inline void add_addend(const MatmulParams& p, int64_t o, int64_t n, const Bf16* t, Bf16* room, Vec* sums) {
-  const Matrix& u = p.u;
   for (int64_t r = 0; r < p.rank; r += 32) {
     const int64_t left = min_of<int64_t>(32, p.rank - r);
     const __mmask32 some = static_cast<__mmask32>(0xffffffffu >> (32 - left));
-    const __m512bh part = reinterpret_cast<__m512bh>(weights_32(t + r, some));
-    const auto add = [&](const auto* row, Vec& sum) {
-      sum.v = _mm512_dpbf16_ps(sum.v, reinterpret_cast<__m512bh>(weights_32(row, some)), part);
-    };
-    const auto add_all = [&](const auto* rows) {
-#pragma GCC unroll 16
-      for (int64_t e = 0; e < 16; ++e)
-        if (e < n) add(rows + (o + e) * u.stride0 + r, sums[e]);
-    };
-    if (u.stride1 == 1 && u.dtype == DType::bf16) {
-      add_all(static_cast<const Bf16*>(u.data));
-    } else if (u.stride1 == 1 && u.dtype == DType::f32) {
-      add_all(static_cast<const float*>(u.data));
-    } else {
-      for (int64_t e = 0; e < n; ++e) {
-        read_row(u, o + e, r, left, room);
-        add(room, sums[e]);
-      }
+    const __m512i part = weights_32(t + r, some);
+    for (int64_t e = 0; e < n; ++e) {
+      read_row(p.u, o + e, r, left, room);
+      sums[e].v = _mm512_dpbf16_ps(sums[e].v, reinterpret_cast<__m512bh>(weights_32(room, some)),
+                                   reinterpret_cast<__m512bh>(part));
     }
   }
+}
+
+// The lanes' sums of 16 vectors that lie `stride` apart, with t · u of 16 rows of at most 32 where they lie.
+template <class T>
+inline Vec reduce_with(const __m512* sums, int64_t stride, const T* u, int64_t u_stride, const Bf16* t,
+                       int64_t rank) {
+  const __mmask32 some = static_cast<__mmask32>(0xffffffffu >> (32 - rank));
+  const __m512bh part = reinterpret_cast<__m512bh>(weights_32(t, some));
+  Vec each[16];
+#pragma GCC unroll 16
+  for (int e = 0; e < 16; ++e, u += u_stride)
+    each[e].v = _mm512_dpbf16_ps(sums[e * stride], reinterpret_cast<__m512bh>(weights_32(u, some)), part);
+  return reduce_each(each);
+}
+
+// Of n <= 16 outputs from o on and one row of x: the lanes' sums, in which the addend meets them. On its own
+// each row of u would cost a load and a store of its sums.
+inline Vec reduce_outputs(const MatmulParams& p, int64_t o, int64_t n, const __m512* sums, int64_t stride,
+                          const Bf16* t, Bf16* room) {
+  const Matrix& u = p.u;
+  if (n == 16 && p.rank && p.rank <= 32 && u.stride1 == 1 && u.dtype != DType::f16) {
+    const int64_t at = o * u.stride0;
+    if (u.dtype == DType::bf16)
+      return reduce_with(sums, stride, static_cast<const Bf16*>(u.data) + at, u.stride0, t, p.rank);
+    return reduce_with(sums, stride, static_cast<const float*>(u.data) + at, u.stride0, t, p.rank);
+  }
+  Vec each[16];
+  for (int e = 0; e < 16; ++e) each[e] = e < n ? Vec{sums[e * stride]} : zero();
+  if (p.rank) add_addend(p, o, n, t, room, each);
+  return reduce_each(each);
 }
 
 // The task for rows m0 … m0 + M of x, at most kDotGroup; x and t are those rows', x packed for a 4-bit W.
@@ -464,10 +479,7 @@ inline void dot_group(const MatmulParams& p, const DotTask& task, int64_t m0, co
     alignas(64) float y[kDotTask];
     for (int64_t r = 0; r < rows; r += 16) {
       const int64_t n = min_of<int64_t>(16, rows - r);
-      Vec each[16];
-      for (int e = 0; e < 16; ++e) each[e] = e < n ? Vec{sums[(r + e) * M + m]} : zero();
-      if (p.rank) add_addend(p, o0 + r, n, t + m * p.rank, task.row, each);
-      store(y + r, reduce_each(each));
+      store(y + r, reduce_outputs(p, o0 + r, n, sums + r * M + m, M, t + m * p.rank, task.row));
     }
     task.epilogue->write(m0 + m, o0, rows, y);
   }
