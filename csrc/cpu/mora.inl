@@ -87,6 +87,7 @@ class Mora {
   }
 
  private:
+  static constexpr bool kDots = K::kDotRows > 0 && std::is_same_v<T, Elem>;
   static constexpr int64_t kDotOutputs = 32;  // of a task
   static constexpr int64_t kGroupBytes = 384 << 10;
   static constexpr int64_t kGroupRows = 48;
@@ -98,25 +99,23 @@ class Mora {
   }
 
   bool by_dots() const {
-    const bool readable =
-        p.matrix.stride1 == 1 && (p.matrix.dtype == p.compress.x.dtype || p.matrix.dtype == DType::f32);
-    return std::is_same_v<T, Elem> && p.compress.rows * blocks <= K::kDotRows && p.compress.rows && readable;
+    const int64_t middle = p.compress.rows * blocks;
+    const bool own = p.matrix.dtype == p.compress.x.dtype || p.matrix.dtype == DType::f32;
+    return kDots && middle && middle <= K::kDotRows && p.matrix.stride1 == 1 && own;
   }
 
   void run_few(int threads, int64_t z_bytes) const {
-    if constexpr (K::kDotRows > 0) {
+    if constexpr (kDots) {
       const int64_t rows = p.compress.rows, columns = p.compress.columns;
       char* memory =
           static_cast<char*>(scratch(static_cast<size_t>((z_bytes + line_bytes<float>(columns)) * rows)));
       T* z = z_at(0, memory);
       float* v = reinterpret_cast<float*>(memory + z_bytes * rows);
       for (int64_t m = 0; m < rows; ++m) compress.row(m, z + m * columns);
-      if constexpr (std::is_same_v<T, Elem>) {
-        parallel_tasks(threads, ceil_div(p.size, kDotOutputs), [&](int, int64_t task) {
-          const int64_t o0 = task * kDotOutputs, o1 = min_of(o0 + kDotOutputs, p.size);
-          K::dot_rows(p.matrix, o0, o1, rows * blocks, z, p.size, v, p.size);
-        });
-      }
+      parallel_tasks(threads, ceil_div(p.size, kDotOutputs), [&](int, int64_t task) {
+        const int64_t o0 = task * kDotOutputs, o1 = min_of(o0 + kDotOutputs, p.size);
+        K::dot_rows(p.matrix, o0, o1, rows * blocks, z, p.size, v, p.size);
+      });
       finish(0, rows, v);
     }
   }
