@@ -8,6 +8,7 @@
 // Linked into the module with PEFTKERN_EMULATE_AMX, or built alone: loading it is enough. In the AMX level's
 // namespace, since it is as wide.
 #include <immintrin.h>
+#include <setjmp.h>
 #include <signal.h>
 #include <ucontext.h>
 
@@ -238,3 +239,26 @@ __attribute__((constructor)) void install() {
 
 }  // namespace
 }  // namespace peftkern::amx
+
+namespace peftkern {
+namespace {
+
+sigjmp_buf refused;
+
+}  // namespace
+
+// The AMX level needs AVX512_BF16, which is not emulated. A virtual machine may hide it and execute it all the same.
+bool executes_bf16() {
+  struct sigaction action = {}, previous;
+  action.sa_handler = [](int) { siglongjmp(refused, 1); };
+  sigaction(SIGILL, &action, &previous);
+  volatile bool executes = false;
+  if (sigsetjmp(refused, 1) == 0) {
+    __asm__ volatile("vdpbf16ps %%zmm0, %%zmm0, %%zmm0" : : : "xmm0");
+    executes = true;
+  }
+  sigaction(SIGILL, &previous, nullptr);
+  return executes;
+}
+
+}  // namespace peftkern

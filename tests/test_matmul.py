@@ -7,12 +7,13 @@ import functools
 import bounds
 import pytest
 import torch
+from conftest import ISAS
 from guarded import guarded
 from torch import Tensor
 
 import peftkern
 from peftkern import reference
-from peftkern.backends.cpu import _cpu
+from peftkern.backends.cpu import _cpu, use_isa
 
 # Rows in several blocks, pieces and strips with remainders, one chunk of the contraction and more, outputs
 # that fill no vector; 64, 384 and 1664 columns are whole groups of a 4-bit weight, 330 and 1700 are not.
@@ -20,6 +21,8 @@ from peftkern.backends.cpu import _cpu
 # ones. Then few rows, which have a way of their own: in one group or several, of few outputs and of many.
 SIZES = [(25, 70, 64), (97, 130, 384), (150, 7, 330), (400, 72, 64), (60, 1664, 384), (49, 1700, 330)]
 SIZES += [(1, 1030, 384), (2, 70, 64), (4, 130, 330), (9, 16, 384), (24, 7, 330)]
+# Contractions that amx takes in parts, of W's rows or of x's, with an addend of two groups.
+SIZES += [(50, 40, 4224), (33, 33, 11264)]
 LAYOUTS = ["rows", "apart", "odd", "columns"]
 
 
@@ -45,7 +48,8 @@ def product(
     value. Neither the layout nor the level enters: made once for all of them."""
     rows, outputs, inner = size
     x = torch.randn(rows, inner).bfloat16()
-    t, u = torch.randn(rows, 3).bfloat16(), torch.randn(outputs, 3).bfloat16()
+    rank = 150 if inner > 4096 else 3
+    t, u = torch.randn(rows, rank).bfloat16(), torch.randn(outputs, rank).bfloat16()
     bias = torch.randn(outputs)
     dense = torch.randn((inner, outputs) if transposed else (outputs, inner))
     four_bit = peftkern.quantize_4bit(dense, "nf4", 64 if at == "end" else 256, at == "end")
@@ -100,3 +104,17 @@ def test_layouts(size: tuple[int, int, int], transposed: bool, layout: str, at: 
             found.append(out)
         bounds.check("out", found[0], expected)
         assert torch.equal(found[1], found[0])
+
+
+@pytest.mark.skipif("amx" not in ISAS, reason="needs the level amx (make test-amx has it emulated)")
+def test_amx_takes_outputs_in_ranges() -> None:
+    """A contraction in parts, of more outputs than wait between two of them."""
+    rows, outputs, inner = 225, 9330, 2304
+    x = torch.randn(rows, inner).bfloat16()
+    weight = peftkern.quantize_4bit(torch.randn(outputs, inner))
+    out = torch.full((rows, outputs), torch.nan)
+    with use_isa("amx"):
+        _cpu.matmul(out, x, weight.kernel_args, False, 1.0, None, None, None, None, 2)
+    values = reference.dequantize_4bit(weight, torch.float32)
+    operand = bounds.operand(values, bounds.compute_dtype(torch.bfloat16))
+    bounds.check("out", out, bounds.matmul(bounds.exact(x), operand, torch.float32))

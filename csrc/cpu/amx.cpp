@@ -1,32 +1,25 @@
 // matmul for bf16 x on AMX tiles. TDPBF16PS multiplies 16 x 32 by 32 x 16 values in 16 cycles.
 //
-// A 4-bit weight with whole groups of 64 in a block (the usual case) has a pipeline of its own:
+// A 4-bit weight with whole groups of 64 in a block (the usual case) has pipelines of its own. In both, W is decoded
+// between the steps of the tile unit, so that the vector units work in its shadow:
 //
 //   C tile 16 x 16 = A tile [16][32] · B tile [16 pairs][16][2], all of them 1 KB and contiguous
-//     plain        A = 16 rows of W,  B = 16 rows of x, transposed once per call     C = outᵀ
-//     transposed   A = 16 rows of x,  B = 32 rows of W in pairs                      C = out
-//   a step         32 of the contraction for 2 x 2 C tiles: 4 tile loads, 4 TDPBF16PS
-//   a chunk        up to 20 steps. W's tiles of the next chunk are decoded while this chunk's are multiplied:
-//                  between two steps stand a slice of decoding, of adding C tiles and of writing out finished
-//                  ones, so that the vector units work in the shadow of the tile unit.
-//   a panel        32 … 256 outputs; one thread takes a panel through all of its chunks
-//   C              goes out after a chunk to a 4 KB buffer and is added with vector instructions during the
-//                  next block: loading it back into tiles would stall them. With at most 32 rows of x and a
-//                  panel of 32 outputs it stays in tiles over all of the contraction.
-//   addend         the contraction goes on: x with t, W with u, in natural order
+//     Pipeline            A = 16 rows of W,  B = 16 rows of x, transposed once per call     C = outᵀ
+//     TransposedPipeline  A = 16 rows of x,  B = 32 rows of W in pairs                      C = out
+//   a step                32 of the contraction: 2 tiles of W against 1 … 3 of x; transposed, 2 x 2
+//   addend                the contraction goes on: x with t, W with u, in natural order
 //
-// Decoding 128 weights: 3 shifts, 2 ternary ands, 4 VPERMW, 2 multiplies and a convert for the table, 4
-// stores: 14 vector micro-operations on two ports, 7 cycles; 512 weights (an A tile) 28.
+// Decoding 128 weights on a core with two 512-bit ports (Golden Cove): 3 shifts, 2 ternary ands, 4 VPERMW, 2 multiplies
+// and a VCVTNE2PS2BF16, which is four: 15 slots, 7.5 cycles; 10.3 measured, with four stores that hit L1. A store that
+// misses L1 and hits L2 costs 4 to 5 cycles, a load 1.3: decoding into L2 takes 20 to 23.
 //
-//   floor            rows · inner · outputs / 512 cycles of one core, or inner · outputs · 0.56 bytes of
-//                    memory
-//   rows <= 16       a step is 32 cycles of tiles, 56 of decoding
-//   rows <= 32       64 of tiles, 56 of decoding: both units are full
-//   rows = 64, 256   64 of tiles, 28 and 7 of decoding, 3 … 8 of adding C
-//   loads            x from L1 and W from L2 (W from L1 and x from L2 up to 32 rows): 2 KB of each in a step
+//   floor            rows · inner · outputs / 512 cycles of one core, or inner · outputs · 0.56 bytes of memory
+//   rows <= 16       a step is 32 cycles of tiles, 82 of decoding
+//   rows <= 32, 48   64 and 96 of tiles, 82 of decoding
+//   more             96 of tiles for 48 rows; of decoding, into L2, 180 shared by all of them; 80 lines from L2, 100
 //
-// The adapters' thin products read their long side where it lies. At most 3 rows: dot products. Everything
-// else (dense weights, blocks that straddle rows) takes the common driver of matmul.inl.
+// The adapters' thin products read their long side where it lies. One row, and up to three of other weights: dot
+// products. Everything else (dense weights, blocks that straddle rows) takes the common driver of matmul.inl.
 #define PEFTKERN_ISA amx
 #define PEFTKERN_VEC_BF16
 #include "cpu/vec_avx512.h"
@@ -45,7 +38,8 @@ constexpr int kRow = 64;        // bytes from row to row of a contiguous tile
 constexpr int kTileLanes = 16;
 constexpr int kStepDepth = 32;
 
-inline void prefetch_l2(uintptr_t at) { _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T1); }
+// gcc 12 takes __builtin_prefetch out of some loops.
+inline void prefetch_l2(uintptr_t at) { __asm__ volatile("prefetcht1 (%0)" : : "r"(at)); }
 
 // Tiles 0 … 3: C, from 4 on: A, then B. C and A have `rows` rows; less than 16 only while tile 4 alone is A.
 inline TileConfig tile_shapes(int64_t rows) {
@@ -341,26 +335,454 @@ inline __m512i scaled_table(__m512 code, float first, float second) {
   return bf16_pair(_mm512_mul_ps(code, _mm512_set1_ps(second)), _mm512_mul_ps(code, _mm512_set1_ps(first)));
 }
 
-// kStays: C stays in tiles over all of the contraction.
-template <bool kTransposed, bool kStays>
+// X Wᵀ. 32 rows of W at a time meet up to 48 rows of x: C, at most six tiles, stays where it is over all of the contraction.
+// Between two steps of the tile unit the vector units decode a slice of the rows of W that come next, in groups of 128
+// of the contraction. x streams from L2.
+//
+//   rows <= 48   W goes through 16 KB of L1, one group ahead
+//   more         a panel of W, at most 256 KB, lies in L2 and meets one set of 48 rows after the other, while the next
+//                panel is decoded
+//   x            up to 256 rows; a contraction for which they would outgrow L2 goes in parts, C to memory in between
 class Pipeline {
  public:
   explicit Pipeline(const MatmulParams& params) : p(params) {
-    w_steps = kTransposed ? ceil_div(p.inner, kStepDepth) : 4 * ceil_div(p.inner, 4 * kStepDepth);
+    w_groups = ceil_div(p.inner, kGroupDepth);
+    u_groups = ceil_div(p.rank, kGroupDepth);
+    block_rows = round_up(ceil_div(p.rows, ceil_div(p.rows, kMaxRows)), 16);
+    tiles = block_rows / 16;
+    sets = ceil_div(tiles, kSetTiles);
+    parts = ceil_div(w_groups, min_of(kXBytes / (tiles * kGroupBytes), sets == 1 ? w_groups : kPanelGroups));
+    ahead = sets == 1 ? 1 : ceil_div(w_groups, parts);
+    const int64_t unit_bytes = 2 * tiles * kTileBytes;
+    units = ceil_div(p.outputs, kUnit);
+    ranges = parts == 1 ? 1 : ceil_div(units * unit_bytes, kPartialBytes);
+    const double cycles = static_cast<double>(p.outputs) * static_cast<double>(p.inner + p.rank) *
+                          (1.0 / 16 + static_cast<double>(p.rows) / 512);
+    threads = cycles < kSerialCycles ? 1 : p.threads;
+  }
+
+  void run() {
+    const int64_t x_bytes = tiles * (ceil_div(w_groups, parts) + u_groups) * kGroupBytes;
+    const int64_t partial_bytes = parts > 1 ? ceil_div(units, ranges) * 2 * tiles * kTileBytes : 0;
+    const int64_t sums_bytes = 2 * tiles * kTileBytes;  // of a unit
+    const int64_t own_bytes =
+        static_cast<int64_t>(sizeof(Own)) + 2 * ahead * 2 * kGroupBytes + 2 * sums_bytes;
+    char* memory =
+        static_cast<char*>(scratch(static_cast<size_t>(x_bytes + partial_bytes + threads * own_bytes)));
+    x_packed = reinterpret_cast<Bf16*>(memory);
+    partial = reinterpret_cast<float*>(memory + x_bytes);
+    char* own = memory + x_bytes + partial_bytes;
+
+    const uint32_t mode = FloatMode::current();
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+      const FloatMode guard(mode);
+      tile_configure(tile_shapes(16));
+      for (int64_t m0 = 0; m0 < p.rows; m0 += block_rows) {
+        // All parts of one range of outputs, then the next range.
+        for (int64_t job = 0; job < ranges * parts; ++job) {
+          const int64_t range = job / parts, part = job % parts;
+          const int64_t groups = part_begin(part + 1) - part_begin(part) + (part + 1 == parts ? u_groups : 0);
+          const int64_t first = claim();  // each its first before anyone its second
+#pragma omp for schedule(static)
+          for (int64_t i = 0; i < tiles * groups; ++i) pack(m0, part, i / groups, i % groups);
+          Worker(*this, own + thread_index() * own_bytes, m0, range, part).run(first);
+          const bool another = job + 1 < ranges * parts;
+          if (!another && m0 + block_rows >= p.rows) continue;
+#pragma omp barrier
+#pragma omp single
+          claimed = another ? range_begin((job + 1) / parts) : 0;
+        }
+      }
+      tile_release();
+    }
+  }
+
+ private:
+  static constexpr int64_t kMaxRows = 256, kSetTiles = 3;
+  static constexpr int64_t kXBytes = 1 << 20;        // of x in tiles: half of an L2 cache
+  static constexpr int64_t kPartialBytes = 8 << 20;  // of C between two parts
+  static constexpr int64_t kUnit = 32;               // rows of W in a panel: whole lines of out
+  static constexpr int64_t kPanelGroups = 32;        // of it in L2; twice 256 KB
+  static constexpr int64_t kGroupDepth = 128, kGroupSteps = 4;
+  static constexpr int64_t kGroupBytes = kGroupSteps * kTileBytes;  // of 16 rows
+  static constexpr int64_t kGroup = 2 * kGroupSteps * kTile;        // of a panel: [step][2 tiles]
+  static constexpr double kSerialCycles = 8192;
+
+  // What a thread has for itself, besides two panels (or groups) of W and the sums of two units.
+  struct Own {
+    alignas(64) Bf16 u[kGroup];
+    alignas(64) float rows[16][kUnit];
+    alignas(64) float scales[kUnit][16];
+  };
+
+  int64_t part_begin(int64_t part) const { return w_groups * part / parts; }
+  int64_t range_begin(int64_t range) const { return units * range / ranges; }
+  int64_t set_begin(int64_t set) const { return tiles * set / sets; }
+  // [set][step][its tiles]; `groups`: those of the part, with the addend's
+  Bf16* x_set(int64_t set, int64_t groups) const {
+    return x_packed + set_begin(set) * kGroupSteps * groups * kTile;
+  }
+  int64_t claim() {
+    int64_t unit;
+#pragma omp atomic capture
+    unit = claimed++;
+    return unit;
+  }
+
+  // Four steps of 16 rows of x: tile[q][m][2], missing values zero. In a group of 128 k, tile j holds k = 4 i + j in the
+  // order of i: what look_up makes of 4-bit words. Eight k are a 128-bit lane of pairs (k, k + 4). t comes after x, in
+  // natural order.
+  void pack(int64_t m0, int64_t part, int64_t tile, int64_t group) const {
+    const int64_t begin = part_begin(part), groups = part_begin(part + 1) - begin;
+    const bool addend = group >= groups;
+    const int64_t c = kGroupDepth * (addend ? group - groups : begin + group);
+    const int64_t length = min_of(kGroupDepth, (addend ? p.rank : p.inner) - c);
+    alignas(64) Bf16 in[16][kGroupDepth];
+    for (int64_t r = 0; r < 16; ++r) {
+      const int64_t m = m0 + 16 * tile + r, n = m < p.rows ? length : 0;
+      if (n) read_row(addend ? p.t : p.x, m, c, n, in[r]);
+      std::memset(in[r] + n, 0, static_cast<size_t>(kGroupDepth - n) * sizeof(Bf16));
+    }
+    const int64_t set = ((tile + 1) * sets - 1) / tiles, set_tiles = set_begin(set + 1) - set_begin(set);
+    const int64_t all = groups + (part + 1 == parts ? u_groups : 0);
+    Bf16* out = x_set(set, all) + (kGroupSteps * group * set_tiles + tile - set_begin(set)) * kTile;
+    const __m512i pairs =
+        _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15));
+    alignas(64) float words[16][16];
+    for (int64_t v = 0; v < kGroupSteps; ++v) {
+      if (addend) {
+        transpose(reinterpret_cast<const float*>(in) + 16 * v, kGroupDepth / 2,
+                  reinterpret_cast<float*>(out + v * set_tiles * kTile), 16);
+        continue;
+      }
+      for (int r = 0; r < 16; ++r)
+        _mm512_store_si512(words[r], _mm512_shuffle_epi8(_mm512_load_si512(in[r] + 32 * v), pairs));
+      transpose(words[0], 16, words[0], 16);
+      for (int d = 0; d < 16; ++d)
+        _mm512_store_ps(out + d % 4 * set_tiles * kTile + 32 * (4 * v + d / 4), _mm512_load_ps(words[d]));
+    }
+  }
+
+  class Worker {
+   public:
+    Worker(Pipeline& pipeline, char* memory, int64_t m0_, int64_t range, int64_t part)
+        : l(pipeline),
+          p(pipeline.p),
+          own(*reinterpret_cast<Own*>(memory)),
+          w(reinterpret_cast<Bf16*>(memory + sizeof(Own))),
+          m0(m0_),
+          begin(l.part_begin(part)),
+          end(l.part_begin(part + 1)),
+          unit0(l.range_begin(range)),
+          units(l.range_begin(range + 1)),
+          first_part(part == 0),
+          last_part(part + 1 == l.parts),
+          in_place(p.weight4.absmax.values && p.weight4.log2_blocksize == 6),
+          epilogue(p) {
+      for (int i = 0; i < 2; ++i)
+        sums[i] = reinterpret_cast<float*>(w + 2 * l.ahead * kGroup) + i * 2 * l.tiles * kSums;
+    }
+
+    void run(int64_t first) {
+      if (first >= units) return;
+      unit = first;
+      after = l.claim();
+      later = l.claim();
+      enter(unit, after);
+      for (int64_t i = 0; i < (l.sets == 1 ? 1 : end - begin) * kGroupSteps; ++i) decode_next();
+      for (; unit < units; unit = after, after = later, later = l.claim()) {
+        const int64_t outputs = min_of(kUnit, p.outputs - kUnit * unit);
+        float* c = last_part ? sums[made] : l.partial + 2 * l.tiles * (unit - unit0) * kSums;
+        const float* from = first_part ? nullptr : l.partial + 2 * l.tiles * (unit - unit0) * kSums;
+        if (l.sets > 1) {
+          turn();
+          enter(after, later);
+        }
+        for (int64_t set = 0; set < l.sets; ++set) {
+          const int64_t at = 2 * l.set_begin(set) * kSums;
+          switch (l.set_begin(set + 1) - l.set_begin(set)) {
+            case 1:
+              multiply<1>(set, from ? from + at : nullptr, c + at);
+              break;
+            case 2:
+              multiply<2>(set, from ? from + at : nullptr, c + at);
+              break;
+            default:
+              multiply<3>(set, from ? from + at : nullptr, c + at);
+          }
+        }
+        if (!last_part) continue;
+        write_rest();
+        rest = {0, static_cast<int>(5 * ceil_div(min_of(l.block_rows, p.rows - m0), 16)), kUnit * unit,
+                outputs, c};
+        epilogue.begin(rest.o0, outputs, columns);
+        made ^= 1;
+      }
+      write_rest();
+    }
+
+   private:
+    // What is decoded next; without rows, nothing.
+    struct Source {
+      int64_t o0 = 0, rows = 0, group = 0, slice = 0;
+      bool whole = false;  // all rows, absmax where it lies
+      int64_t scales_run = 0;
+      uintptr_t ahead =
+          0;  // what is fetched meanwhile: from here on, so far from group to group and row to row
+      int64_t ahead_group = 0, ahead_row = 0;
+    };
+    // A unit whose sums are complete: what is left to do, in pieces.
+    struct Rest {
+      int piece = 0, pieces = 0;
+      int64_t o0 = 0, outputs = 0;
+      const float* sums = nullptr;
+    };
+
+    Bf16* w_group(int at, int64_t group) {
+      return w + (at * l.ahead + (l.sets == 1 ? 0 : group - begin)) * kGroup;
+    }
+    // What was decoded is multiplied from now on.
+    void turn() { side ^= 1; }
+
+    // A panel is decoded from now on, and the one after it fetched.
+    void enter(int64_t panel, int64_t next) {
+      const Weight4& w4 = p.weight4;
+      source.o0 = kUnit * panel;
+      source.rows = panel < units ? min_of(kUnit, p.outputs - source.o0) : 0;
+      source.group = begin;
+      source.slice = 0;
+      source.whole = in_place && source.rows == kUnit;
+      if (!source.rows) return;
+      const int64_t start = (next < units ? kUnit * next : source.o0) * p.inner + kGroupDepth * begin;
+      source.ahead = reinterpret_cast<uintptr_t>(w4.packed) + static_cast<uintptr_t>(start >> 1);
+      // Whole rows are fetched in the order in which they lie.
+      source.ahead_group = l.parts == 1 ? 64 * kUnit : 64;
+      source.ahead_row = l.parts == 1 ? 64 : p.inner >> 1;
+      const int64_t length = min_of(kGroupDepth * end, p.inner) - kGroupDepth * begin;
+      const int64_t size = w4.absmax.values ? 4 : 1;
+      const uintptr_t absmax = w4.absmax.values ? reinterpret_cast<uintptr_t>(w4.absmax.values)
+                                                : reinterpret_cast<uintptr_t>(w4.absmax.codes);
+      for (int64_t r = 0; r < kUnit; ++r) {
+        const int64_t flat = start + r * p.inner;
+        const int64_t last = ((flat + length - 1) >> w4.log2_blocksize) * size;
+        for (int64_t at = (flat >> w4.log2_blocksize) * size; at <= last; at += 64)
+          prefetch_l2(absmax + static_cast<uintptr_t>(at));
+      }
+    }
+
+    // Eight rows of a group.
+    inline __attribute__((always_inline)) void decode_next() {
+      const int64_t r = 8 * source.slice;
+      Bf16* out = w_group(side ^ 1, source.group) + tile_row(r);
+      uintptr_t ahead = source.ahead + static_cast<uintptr_t>((source.group - begin) * source.ahead_group +
+                                                              r * source.ahead_row);
+      if (source.whole && kGroupDepth * (source.group + 1) <= p.inner) {
+        const int64_t row_bytes = p.inner >> 1, absmax_row = p.inner >> 6, o = source.o0 + r;
+        const uint8_t* bytes = p.weight4.packed + 64 * source.group + o * row_bytes;
+        const float* absmax = p.weight4.absmax.values + 2 * source.group + o * absmax_row;
+        const __m512 code = _mm512_loadu_ps(code_table(p.weight4.quant_type));
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; ++i, bytes += row_bytes, absmax += absmax_row, out += kStepDepth) {
+          prefetch_l2(ahead);
+          ahead += static_cast<uintptr_t>(source.ahead_row);
+          look_up(_mm512_loadu_si512(bytes), second_half(), scaled_table(code, absmax[0], absmax[1]), out,
+                  2 * kTile);
+        }
+      } else {
+        decode_some(r, ahead, out);
+      }
+      if (++source.slice == kGroupSteps) {
+        source.slice = 0;
+        ++source.group;
+      }
+    }
+
+    // The same for rows that may not be there, half a group, and absmax that has to be spread out.
+    __attribute__((noinline)) void decode_some(int64_t from, uintptr_t ahead, Bf16* out) {
+      const Weight4& w4 = p.weight4;
+      const __m512 code = _mm512_loadu_ps(code_table(w4.quant_type));
+      const int64_t c = kGroupDepth * source.group;
+      const bool spread = !in_place && (source.group == begin || source.group % 8 == 0);
+      if (spread) source.scales_run = c >> 6;
+      for (int64_t r = from; r < min_of(from + 8, source.rows); ++r, out += kStepDepth) {
+        const int64_t start = (source.o0 + r) * p.inner + c;
+        prefetch_l2(ahead);
+        ahead += static_cast<uintptr_t>(source.ahead_row);
+        if (spread) absmax_runs(w4, start, min_of<int64_t>(16, (p.inner - c) >> 6), own.scales[r]);
+        const float* absmax =
+            in_place ? w4.absmax.values + (start >> 6) : own.scales[r] + (c >> 6) - source.scales_run;
+        const uint8_t* bytes = w4.packed + (start >> 1);
+        if (c + kGroupDepth <= p.inner) {
+          look_up(_mm512_loadu_si512(bytes), second_half(), scaled_table(code, absmax[0], absmax[1]), out,
+                  2 * kTile);
+        } else {  // the other half is zero
+          const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes));
+          look_up(_mm512_zextsi256_si512(words), second_half(), scaled_table(code, absmax[0], 0.0f), out,
+                  2 * kTile);
+        }
+      }
+    }
+
+    static int64_t tile_row(int64_t r) { return (r / 16) * kTile + r % 16 * kStepDepth; }
+    static __m512i second_half() {
+      return _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(0x1010), 1);
+    }
+
+    // A group of u.
+    __attribute__((noinline)) void read_addend(int64_t group) {
+      const int64_t o0 = kUnit * unit;
+      for (int64_t r = 0; r < min_of(kUnit, p.outputs - o0); ++r) {
+        for (int64_t s = 0; s < kGroupSteps; ++s) {
+          const int64_t c = kGroupDepth * group + kStepDepth * s;
+          const int64_t n = max_of<int64_t>(0, min_of<int64_t>(kStepDepth, p.rank - c));
+          Bf16* row = own.u + 2 * s * kTile + tile_row(r);
+          if (n) read_row(p.u, o0 + r, c, n, row);
+          std::memset(row + n, 0, static_cast<size_t>(kStepDepth - n) * sizeof(Bf16));
+        }
+      }
+    }
+
+    // The panel against T tiles of x, from sums that may be there already.
+    template <int T>
+    void multiply(int64_t set, const float* from, float* c) {
+      const int64_t u_groups = last_part ? l.u_groups : 0;
+      const Bf16* x = l.x_set(set, end - begin + u_groups);
+      begin_sums<T>(from);
+      for (int64_t group = begin; group < end; ++group) {
+        if (l.sets == 1) {
+          turn();
+          if (group + 1 == end) enter(after, later);
+        }
+        const Bf16* w_step = w_group(side, group);
+        for (int64_t s = 0; s < kGroupSteps; ++s, w_step += 2 * kTile, x += T * kTile) {
+          products<T>(w_step, x);
+          if (++tick == l.sets) {
+            tick = 0;
+            if (source.rows) decode_next();
+          }
+        }
+        if (rest.piece < rest.pieces) write_piece();
+      }
+      for (int64_t group = 0; group < u_groups; ++group) {
+        if (set == 0 || u_groups > 1) read_addend(group);
+        for (int64_t s = 0; s < kGroupSteps; ++s, x += T * kTile) products<T>(own.u + 2 * s * kTile, x);
+      }
+      end_sums<T>(c);
+    }
+
+    // C tile 2 j + i: W's tile i, x's tile j.
+    template <int T, int N = 0>
+    static void begin_sums(const float* from) {
+      if constexpr (N < 2 * T) {
+        from ? tile_load<N>(from + N * kSums, kRow) : tile_zero<N>();
+        begin_sums<T, N + 1>(from);
+      }
+    }
+    template <int T, int N = 0>
+    static void end_sums(float* c) {
+      if constexpr (N < 2 * T) {
+        tile_store<N>(c + N * kSums, kRow);
+        end_sums<T, N + 1>(c);
+      }
+    }
+
+    // A step. What comes from L2 for once is streamed.
+    template <int T>
+    static inline __attribute__((always_inline)) void products(const Bf16* w, const Bf16* x) {
+      if constexpr (T < 3) {
+        tile_stream<6>(x, kRow);
+        tile_load<4>(w, kRow);
+        tile_dpbf16<0, 4, 6>();
+        tile_load<5>(w + kTile, kRow);
+        tile_dpbf16<1, 5, 6>();
+        if constexpr (T == 2) {
+          tile_stream<7>(x + kTile, kRow);
+          tile_dpbf16<2, 4, 7>();
+          tile_dpbf16<3, 5, 7>();
+        }
+      } else {  // two tiles are left for five operands; W's come a second time, from L1
+        tile_load<6>(w, kRow);
+        tile_stream<7>(x, kRow);
+        tile_dpbf16<0, 6, 7>();
+        tile_load<6>(w + kTile, kRow);
+        tile_dpbf16<1, 6, 7>();
+        tile_stream<7>(x + kTile, kRow);
+        tile_dpbf16<3, 6, 7>();
+        tile_load<6>(w, kRow);
+        tile_dpbf16<2, 6, 7>();
+        tile_stream<7>(x + 2 * kTile, kRow);
+        tile_dpbf16<4, 6, 7>();
+        tile_load<6>(w + kTile, kRow);
+        tile_dpbf16<5, 6, 7>();
+      }
+    }
+
+    // A fifth of 16 rows of the unit: its two tiles are turned, then four rows at a time are written.
+    __attribute__((noinline)) void write_piece() {
+      const int64_t t = rest.piece / 5, r = 4 * (rest.piece % 5 - 1), m = m0 + 16 * t + r;
+      ++rest.piece;
+      if (r < 0) {
+        const float* c = rest.sums + 2 * t * kSums;
+        transpose(c, 16, own.rows[0], kUnit);
+        if (rest.outputs > 16) transpose(c + kSums, 16, own.rows[0] + 16, kUnit);
+      } else if (m < p.rows) {
+        epilogue.write_rows(m, min_of<int64_t>(4, p.rows - m), rest.o0, rest.outputs, own.rows[r], kUnit);
+      }
+    }
+    void write_rest() {
+      while (rest.piece < rest.pieces) write_piece();
+    }
+
+    Pipeline& l;
+    const MatmulParams& p;
+    Own& own;
+    Bf16* w;  // [side][group][step][2 tiles]
+    float* sums[2];
+    const int64_t m0, begin, end;  // rows of x; groups
+    const int64_t unit0, units;    // the range's first, and its end
+    const bool first_part, last_part, in_place;
+    int64_t unit = 0, after = 0, later = 0;  // that this thread has claimed
+    int side = 0, made = 0;
+    int64_t tick = 0;
+    Epilogue epilogue;
+    Epilogue::Columns<kUnit> columns;
+    Source source;
+    Rest rest;
+  };
+
+  const MatmulParams& p;
+  int64_t w_groups, u_groups;
+  int64_t block_rows, tiles, sets;  // of x
+  int64_t parts;                    // of the contraction
+  int64_t ahead;                    // groups that are decoded before they are multiplied, at most
+  int64_t units, ranges;            // of outputs
+  int threads;
+  int64_t claimed = 0;
+  Bf16* x_packed = nullptr;
+  float* partial = nullptr;
+};
+
+// dY W: 16 rows of dY are A, 32 rows of W in pairs B. A chunk is up to 20 steps of 2 x 2 C tiles; the next chunk of W is
+// decoded into L2 while this one is multiplied. C goes out after a chunk to a 4 KB buffer and is added to the sums with
+// vector instructions during the next block.
+class TransposedPipeline {
+ public:
+  explicit TransposedPipeline(const MatmulParams& params) : p(params) {
+    w_steps = ceil_div(p.inner, kStepDepth);
     steps = w_steps + ceil_div(p.rank, kStepDepth);
     block_rows = round_up(ceil_div(p.rows, ceil_div(p.rows, kMaxRows)), 32);
     x_tiles = ceil_div(min_of(block_rows, p.rows), 16);
     const int64_t groups = ceil_div(steps, 4);
-    chunks = ceil_div(groups, kStays ? 2 : 5);
+    chunks = ceil_div(groups, 5);
     w_stride = 4 * ceil_div(groups, chunks) * kTile + 32;
 
     const double cycles = static_cast<double>(p.outputs) * static_cast<double>(p.inner + p.rank) *
                           (1.0 / 16 + static_cast<double>(p.rows) / 512);
     threads = cycles < kSerialCycles ? 1 : p.threads;
     // Panels: wide, so that x is seldom fetched, but W's tiles stay in L2 and all threads end together.
-    const int64_t unit = kTransposed ? 64 : 32;
-    width = kStays ? 32 : (p.rows > 128 ? 256 : 128);
-    for (int64_t narrower = width - unit; narrower > 0; narrower -= unit)
+    width = p.rows > 128 ? 256 : 128;
+    for (int64_t narrower = width - 64; narrower > 0; narrower -= 64)
       if (20 * busiest(narrower) < 19 * busiest(width)) width = narrower;
     w_tiles = width / 16;
     panels = ceil_div(p.outputs, width);
@@ -368,8 +790,7 @@ class Pipeline {
 
   void run() {
     const int64_t x_bytes = x_tiles * steps * kTileBytes;
-    const int64_t own_bytes =
-        2 * w_tiles * w_stride * 2 + (w_tiles * x_tiles + 4 + 4) * kTileBytes + width * kRow;
+    const int64_t own_bytes = 2 * w_tiles * w_stride * 2 + (w_tiles * x_tiles + 4 + 4) * kTileBytes;
     char* memory = static_cast<char*>(scratch(static_cast<size_t>(x_bytes + own_bytes * threads)));
     x_packed = reinterpret_cast<Bf16*>(memory);
     char* own = memory + x_bytes;
@@ -416,64 +837,27 @@ class Pipeline {
     return panel;
   }
 
-  // n <= length values of row m of x (t beyond w_steps), the rest and missing rows zero.
-  void read_x(int64_t step, int64_t m, bool valid, int64_t length, Bf16* out) const {
+  // A step of row m of x (t beyond w_steps), the rest and missing rows zero.
+  void read_x(int64_t step, int64_t m, bool valid, Bf16* out) const {
     const bool addend = step >= w_steps;
     const int64_t c = kStepDepth * (addend ? step - w_steps : step);
-    const int64_t n = valid ? max_of<int64_t>(0, min_of(length, (addend ? p.rank : p.inner) - c)) : 0;
+    const int64_t n = valid ? min_of<int64_t>(kStepDepth, (addend ? p.rank : p.inner) - c) : 0;
     if (n) read_row(addend ? p.t : p.x, m, c, n, out);
-    std::memset(out + n, 0, static_cast<size_t>(length - n) * sizeof(Bf16));
+    std::memset(out + n, 0, static_cast<size_t>(kStepDepth - n) * sizeof(Bf16));
   }
 
-  // Four steps of 16 rows of x.
-  //   transposed  tile[m][c]
-  //   plain       tile[q][m][2], natural order for t; for x, in a group of 128 k, tile j holds k = 4 i + j in
-  //   the order
-  //               of i: what look_up makes of 4-bit words. Eight k are a 128-bit lane of pairs (k, k + 4).
+  // Four steps of 16 rows of x: tile[m][c].
   void pack(int64_t m0, int64_t rows, int64_t tile, int64_t group) const {
-    const int64_t begin = 4 * group, end = min_of(steps, begin + 4);
-    if constexpr (kTransposed) {
-      for (int64_t s = begin; s < end; ++s)
-        for (int64_t r = 0; r < 16; ++r)
-          read_x(s, m0 + 16 * tile + r, 16 * tile + r < rows, kStepDepth, x_tile(tile, s) + kStepDepth * r);
-      return;
-    }
-    alignas(64) Bf16 in[16][128];
-    const bool grouped = begin < w_steps;
-    for (int64_t r = 0; r < 16; ++r) {
-      const bool valid = 16 * tile + r < rows;
-      const int64_t m = m0 + 16 * tile + r;
-      if (grouped) {
-        read_x(begin, m, valid, 128, in[r]);
-      } else {
-        for (int64_t s = begin; s < end; ++s)
-          read_x(s, m, valid, kStepDepth, in[r] + kStepDepth * (s - begin));
-      }
-    }
-    const __m512i pairs =
-        _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15));
-    alignas(64) float words[16][16];
-    for (int64_t v = 0; v < end - begin; ++v) {
-      if (!grouped) {
-        transpose(reinterpret_cast<const float*>(in) + 16 * v, 64,
-                  reinterpret_cast<float*>(x_tile(tile, begin + v)), 16);
-        continue;
-      }
-      for (int r = 0; r < 16; ++r)
-        _mm512_store_si512(words[r], _mm512_shuffle_epi8(_mm512_load_si512(in[r] + 32 * v), pairs));
-      transpose(words[0], 16, words[0], 16);
-      for (int d = 0; d < 16; ++d)
-        _mm512_store_ps(x_tile(tile, begin + d % 4) + 32 * (4 * v + d / 4), _mm512_load_ps(words[d]));
-    }
+    for (int64_t s = 4 * group; s < min_of(steps, 4 * group + 4); ++s)
+      for (int64_t r = 0; r < 16; ++r)
+        read_x(s, m0 + 16 * tile + r, 16 * tile + r < rows, x_tile(tile, s) + kStepDepth * r);
   }
 
   // A chunk of a panel on its way into tiles, and what is fetched into L2 meanwhile.
   struct Job {
     int64_t o0 = 0, outputs = 0;
-    int64_t begin = 0, end = 0;        // steps
-    int64_t ahead = 0, ahead_row = 0;  // flat index that goes with unit 0: of the bytes, of absmax
-    bool scales_new = true;  // plain: absmax of 16 runs is spread out at once and lasts for several chunks
-    int64_t scales_run = 0, scales_at = 0;
+    int64_t begin = 0, end = 0;  // steps
+    int64_t ahead = 0;           // flat index that goes with unit 0
     int64_t unit = 0, units = 0;
     Bf16* tiles = nullptr;
   };
@@ -490,14 +874,13 @@ class Pipeline {
 
   class Worker {
    public:
-    Worker(Pipeline& pipeline, char* memory) : l(pipeline), p(pipeline.p), epilogue(pipeline.p) {
+    Worker(TransposedPipeline& pipeline, char* memory) : l(pipeline), p(pipeline.p), epilogue(pipeline.p) {
       const int64_t w_bytes = l.w_tiles * l.w_stride * 2;
       w_packed[0] = reinterpret_cast<Bf16*>(memory);
       w_packed[1] = reinterpret_cast<Bf16*>(memory + w_bytes);
       sums = reinterpret_cast<float*>(memory + 2 * w_bytes);
       part = sums + l.w_tiles * l.x_tiles * kSums;
       rows_out = part + 4 * kSums;
-      scales = rows_out + 4 * kSums;
     }
 
     void run(int64_t m0_, int64_t rows_, int64_t panel) {
@@ -541,21 +924,12 @@ class Pipeline {
       job.begin = l.chunk_begin(chunk);
       job.end = l.chunk_end(chunk);
       const int64_t next = after < l.panels ? after * l.width : job.o0;
-      if (kStays) {  // the next panel, in the order in which it lies in memory
-        job.ahead = next * p.inner + kStepDepth * job.begin * job.outputs;
-        job.ahead_row = next * p.inner + kStepDepth * job.begin;
-      } else {  // the next chunk: a whole panel would not fit
-        const bool last = chunk + 1 == l.chunks;
-        const int64_t c = last ? 0 : kStepDepth * job.end, o = last ? next : job.o0;
-        job.ahead = job.ahead_row = kTransposed ? c * p.outputs + o : o * p.inner + c;
-      }
+      // the next chunk: a whole panel would not fit
+      const bool last = chunk + 1 == l.chunks;
+      job.ahead = (last ? 0 : kStepDepth * job.end) * p.outputs + (last ? next : job.o0);
       job.unit = 0;
-      job.units = kTransposed ? 16 * (job.end - job.begin) : job.outputs;
+      job.units = 16 * (job.end - job.begin);
       job.tiles = w_packed[buffer];
-      const bool in_place = p.weight4.absmax.values && p.weight4.log2_blocksize == 6;
-      job.scales_new = in_place || chunk == 0 || job.end / 2 > job.scales_run + 16;
-      if (job.scales_new) job.scales_run = job.begin / 2;
-      job.scales_at = job.begin / 2 - job.scales_run;
     }
     void finish_job() { decode(job.units - job.unit); }
     void finish_rest() {
@@ -564,64 +938,8 @@ class Pipeline {
 
     void decode(int64_t units) {
       if (!units) return;
-      if constexpr (kTransposed) {
-        decode_pairs(job.unit, job.unit + units);
-      } else {
-        decode_rows(job.unit, job.unit + units);
-      }
+      decode_pairs(job.unit, job.unit + units);
       job.unit += units;
-    }
-
-    // Rows o0 + first … o0 + last of W (and u), all steps of the chunk.
-    __attribute__((noinline)) void decode_rows(int64_t first, int64_t last) {
-      const Weight4& w = p.weight4;
-      const int64_t begin = kStepDepth * job.begin;
-      const int64_t end = min_of(kStepDepth * min_of(job.end, l.w_steps), p.inner);
-      const __m512 code = _mm512_loadu_ps(code_table(w.quant_type));
-      const __m512i second = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(0x1010), 1);
-      const int64_t ahead_stride = kStays ? end - begin : p.inner;
-      uintptr_t ahead = reinterpret_cast<uintptr_t>(w.packed) +
-                        static_cast<uintptr_t>((job.ahead + first * ahead_stride) >> 1);
-      int64_t start = (job.o0 + first) * p.inner + begin;
-      int64_t start_ahead = job.ahead_row + first * p.inner;
-      const bool addend = job.end > l.w_steps;
-      for (int64_t unit = first; unit < last; ++unit, start += p.inner, start_ahead += p.inner,
-                   ahead += static_cast<uintptr_t>(ahead_stride >> 1)) {
-        Bf16* out = job.tiles + (unit >> 4) * l.w_stride + (unit & 15) * kStepDepth;
-        if (begin < end) {
-          const uint8_t* bytes = w.packed + (start >> 1);
-          const float* absmax = scales + 16 * unit;
-          if (job.scales_new)
-            absmax = absmax_runs(w, start, min_of<int64_t>(16, (p.inner - begin) >> 6), scales + 16 * unit);
-          absmax += job.scales_at;
-          prefetch_absmax(start_ahead);
-          Bf16* group = out;
-          int64_t left = end - begin;
-          uintptr_t line = ahead;
-          for (; left >= 128; left -= 128, bytes += 64, absmax += 2, group += 4 * kTile, line += 64) {
-            prefetch_l2(line);
-            look_up(_mm512_loadu_si512(bytes), second, scaled_table(code, absmax[0], absmax[1]), group,
-                    kTile);
-          }
-          if (left) {  // 64 weights: the other half is zero
-            const __m512i words =
-                _mm512_zextsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes)));
-            look_up(words, second, scaled_table(code, absmax[0], 0.0f), group, kTile);
-          }
-        }
-        if (addend) read_addend(job.o0 + unit, out);
-      }
-    }
-
-    // Row o of u, the chunk's steps beyond w_steps.
-    __attribute__((noinline)) void read_addend(int64_t o, Bf16* out) const {
-      for (int64_t s = max_of(job.begin, l.w_steps); s < job.end; ++s) {
-        const int64_t r = kStepDepth * (s - l.w_steps);
-        const int64_t n = min_of<int64_t>(kStepDepth, p.rank - r);
-        Bf16* values = out + (s - job.begin) * kTile;
-        read_row(p.u, o, r, n, values);
-        std::memset(values + n, 0, static_cast<size_t>(kStepDepth - n) * sizeof(Bf16));
-      }
     }
 
     void prefetch_absmax(int64_t flat) const {
@@ -710,7 +1028,7 @@ class Pipeline {
       const int64_t w_blocks = ceil_div(nw_all, 2);
       all_steps = n * w_blocks * ceil_div(nx_all, 2);
       due = 0;
-      const bool fetch = l.x_tiles * l.steps * kTileBytes > kPrefetchBytes && !kStays;
+      const bool fetch = l.x_tiles * l.steps * kTileBytes > kPrefetchBytes;
       for (int64_t x0 = 0; x0 < nx_all; x0 += 2) {
         const Bf16* next_x = x0 + 2 < nx_all ? l.x_tile(x0 + 2, begin) : l.x_tile(0, next_step);
         for (int64_t w0 = 0; w0 < nw_all; w0 += 2) {
@@ -723,11 +1041,10 @@ class Pipeline {
           const Bf16* w = tiles + w0 * l.w_stride;
           const Bf16* x = l.x_tile(x0, begin);
           if (nw == 2) {
-            nx == 2 ? block<2, 2>(w, x, n, first || !kStays) : block<2, 1>(w, x, n, first || !kStays);
+            nx == 2 ? block<2, 2>(w, x, n) : block<2, 1>(w, x, n);
           } else {
-            nx == 2 ? block<1, 2>(w, x, n, first || !kStays) : block<1, 1>(w, x, n, first || !kStays);
+            nx == 2 ? block<1, 2>(w, x, n) : block<1, 1>(w, x, n);
           }
-          if (kStays && !last) continue;
           finish_rest();
           rest.nw = nw;
           rest.nx = nx;
@@ -737,7 +1054,7 @@ class Pipeline {
           rest.o0 = panel * l.width;
           rest.outputs = outputs;
           rest.c = sums + (w0 * l.x_tiles + x0) * kSums;
-          if (first || kStays) {
+          if (first) {
             store_sums(rest.c, l.x_tiles * kSums);
             rest.adds = 0;
           } else {
@@ -758,47 +1075,26 @@ class Pipeline {
       if (rest.nw == 2 && rest.nx == 2) tile_store<3>(c + next_w + kSums, kRow);
     }
 
-    // The operand that comes from L2 is streamed.
-    template <int T>
-    static void load_w(const Bf16* tile) {
-      kStays ? tile_load<T>(tile, kRow) : tile_stream<T>(tile, kRow);
-    }
-    template <int T>
-    static void load_x(const Bf16* tile) {
-      kStays ? tile_stream<T>(tile, kRow) : tile_load<T>(tile, kRow);
-    }
-    template <int I, int J>
-    static void multiply_tiles() {
-      if constexpr (kTransposed) {
-        tile_dpbf16<2 * I + J, 4 + J, 6 + I>();
-      } else {
-        tile_dpbf16<2 * I + J, 4 + I, 6 + J>();
-      }
-    }
-
-    // C tile 2 i + j: W's tile i, x's tile j.
+    // C tile 2 i + j: W's tile i, x's tile j. W, which comes from L2, is streamed.
     template <int W, int X>
-    void block(const Bf16* w, const Bf16* x, int64_t n, bool zero) {
-      constexpr int kW = kTransposed ? 6 : 4, kX = kTransposed ? 4 : 6;
+    void block(const Bf16* w, const Bf16* x, int64_t n) {
       const int64_t next_w = l.w_stride, next_x = l.steps * kTile;
-      if (zero) {
-        tile_zero<0>();
-        tile_zero<1>();
-        tile_zero<2>();
-        tile_zero<3>();
-      }
+      tile_zero<0>();
+      tile_zero<1>();
+      tile_zero<2>();
+      tile_zero<3>();
       for (int64_t s = 0; s < n; ++s, w += kTile, x += kTile) {
-        load_x<kX>(x);
-        load_w<kW>(w);
-        multiply_tiles<0, 0>();
+        tile_load<4>(x, kRow);
+        tile_stream<6>(w, kRow);
+        tile_dpbf16<0, 4, 6>();
         if constexpr (W == 2) {
-          load_w<kW + 1>(w + next_w);
-          multiply_tiles<1, 0>();
+          tile_stream<7>(w + next_w, kRow);
+          tile_dpbf16<2, 4, 7>();
         }
         if constexpr (X == 2) {
-          load_x<kX + 1>(x + next_x);
-          multiply_tiles<0, 1>();
-          if constexpr (W == 2) multiply_tiles<1, 1>();
+          tile_load<5>(x + next_x, kRow);
+          tile_dpbf16<1, 5, 6>();
+          if constexpr (W == 2) tile_dpbf16<3, 5, 7>();
         }
         weave(s);
       }
@@ -815,9 +1111,7 @@ class Pipeline {
     }
 
     int out_pieces() const {
-      if constexpr (kTransposed)
-        return rest.w0 % 4 ? 4 * static_cast<int>(rest.nx) : 0;  // both halves of the group
-      return static_cast<int>(rest.nx * (rest.nw + 4));
+      return rest.w0 % 4 ? 4 * static_cast<int>(rest.nx) : 0;  // both halves of the group
     }
 
     __attribute__((noinline)) void finish_piece() {
@@ -830,24 +1124,13 @@ class Pipeline {
         return;
       }
       i -= rest.adds;
-      if constexpr (kTransposed) {
-        for (int64_t r = 4 * (i % 4); r < 4 * (i % 4) + 4; ++r) {
-          for (int t = 0; t < 4; ++t) {
-            const float* c = rest.c + ((t - 2) * l.x_tiles + i / 4) * kSums + 16 * r;
-            _mm512_store_ps(rows_out + 64 + 16 * t, _mm512_load_ps(c));
-          }
-          Bf16Panels::restore(rows_out + 64, rows_out);
-          write_out(16 * (rest.x0 + i / 4) + r, 16 * (rest.w0 - 2), 64, rows_out);
+      for (int64_t r = 4 * (i % 4); r < 4 * (i % 4) + 4; ++r) {
+        for (int t = 0; t < 4; ++t) {
+          const float* c = rest.c + ((t - 2) * l.x_tiles + i / 4) * kSums + 16 * r;
+          _mm512_store_ps(rows_out + 64 + 16 * t, _mm512_load_ps(c));
         }
-      } else {
-        const int64_t j = i / (rest.nw + 4), k = i % (rest.nw + 4);
-        if (k < rest.nw) {
-          transpose(rest.c + (k * l.x_tiles + j) * kSums, 16, rows_out + 16 * k, 32);
-          return;
-        }
-        const int64_t n = min_of(16 * rest.nw, rest.outputs - 16 * rest.w0);
-        for (int64_t r = 4 * (k - rest.nw); r < 4 * (k - rest.nw) + 4; ++r)
-          write_out(16 * (rest.x0 + j) + r, 16 * rest.w0, n, rows_out + 32 * r);
+        Bf16Panels::restore(rows_out + 64, rows_out);
+        write_out(16 * (rest.x0 + i / 4) + r, 16 * (rest.w0 - 2), 64, rows_out);
       }
     }
 
@@ -856,11 +1139,11 @@ class Pipeline {
       if (m < rows) epilogue.write(m0 + m, rest.o0 + from, n, row);
     }
 
-    Pipeline& l;
+    TransposedPipeline& l;
     const MatmulParams& p;
     int64_t m0 = 0, rows = 0;
     Bf16* w_packed[2];
-    float *sums, *part, *rows_out, *scales;
+    float *sums, *part, *rows_out;
     Epilogue epilogue;
     Epilogue::Columns<kMaxWidth> columns;  // of the panel that is being written out
     Job job;
@@ -923,11 +1206,11 @@ void probe_bf16(const ProbeParams& p) { probe<AmxProducts>(p); }
 void matmul_bf16(const MatmulParams& p) {
   if (p.rows == 0 || p.outputs == 0) return;
   if (epilogue_alone(p)) return run_epilogue(p);
-  if (dot_applies(p, 3)) return run_dot_bf16(p);
-  if (p.weight4.packed && p.inner > 0 && Bf16Panels::in_groups(p)) {
-    if (p.transposed) return Pipeline<true, false>(p).run();
-    if (p.rows > 32) return Pipeline<false, false>(p).run();
-    return Pipeline<false, true>(p).run();
+  const bool in_groups = p.weight4.packed && p.inner > 0 && Bf16Panels::in_groups(p);
+  if (dot_applies(p, in_groups ? 1 : 3)) return run_dot_bf16(p);  // VDPBF16PS takes two cycles on these CPUs
+  if (in_groups) {
+    if (p.transposed) return TransposedPipeline(p).run();
+    return Pipeline(p).run();
   }
   if (few_outputs(p)) return run_few_outputs(p);
   if (few_rows(p)) return run_few_rows(p);

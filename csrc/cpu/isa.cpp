@@ -9,6 +9,11 @@
 #endif
 
 namespace peftkern {
+
+#if defined(PEFTKERN_EMULATE_AMX)
+bool executes_bf16();  // tests/amx_trap.cpp
+#endif
+
 namespace {
 
 #if defined(__x86_64__)
@@ -45,7 +50,11 @@ Isa detect() {
   if (!has(ebx, 5)) return Isa::scalar;
   const bool avx512 = has(ebx, 16) && has(ebx, 17) && has(ebx, 30) && has(ebx, 31);  // F, DQ, BW, VL
   if (!avx512 || (state & kZmmState) != kZmmState) return Isa::avx2;
-  if (subleaves < 1 || !__get_cpuid_count(7, 1, &a, &b, &c, &d) || !has(a, 5)) return Isa::avx512;
+  bool bf16 = subleaves >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && has(a, 5);
+#if defined(PEFTKERN_EMULATE_AMX)
+  bf16 = bf16 || executes_bf16();
+#endif
+  if (!bf16) return Isa::avx512;
   const bool has_tiles = has(edx, 24) && has(edx, 22);  // AMX-TILE, AMX-BF16
   return tiles_usable(has_tiles, state) ? Isa::amx : Isa::avx512_bf16;
 }
