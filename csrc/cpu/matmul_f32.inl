@@ -67,83 +67,107 @@ inline void add_dot(const float* w, const float* x, int64_t n, Vec* sum, float* 
     for (int m = 0; m < M; ++m) tail[m] += w[i] * x[m * n + i];
 }
 
-// Few rows of x: each row of W is decoded into registers once and meets every row of x there. absmax enters
-// as one multiply for every `step` weights, on the sum. x [M, inner] and t [M, rank] are packed; `room`
-// [threads][row] is for a row of W or u as floats, or for a row's absmax (nested).
+// sum[m] += w · x[m] over the columns from … to of a row of a 4-bit W that starts at flat index `start`, kStep weights of
+// a block at a time; x in lookup_split's order.
+template <int M, int kStep>
+inline void add_dot_4bit(const Weight4& w, const CodeTable& table, int64_t start, const float* absmax,
+                         const float* x, int64_t n, int64_t from, int64_t to, Vec* sum) {
+  constexpr int64_t kAheadBytes = 16 << 10;  // the hardware stops at each page of 4 KB
+  const int64_t first = start >> w.log2_blocksize;
+  const uint8_t* packed = w.packed + ((start + from) >> 1);
+  for (int64_t k = from; k < to; k += kStep, packed += kStep / 2) {
+    prefetch_bytes(packed, kAheadBytes, 1);
+    Vec part[M];
+    for (int m = 0; m < M; ++m) part[m] = zero();
+#pragma GCC unroll 16
+    for (int i = 0; i < kStep; i += Vec::kWidth) {
+      const Vec values = lookup_split(table, packed + i / 2);
+      for (int m = 0; m < M; ++m) part[m] = fma(values, load(x + m * n + k + i), part[m]);
+    }
+    const Vec scale = set1(absmax[((start + k) >> w.log2_blocksize) - first]);
+    for (int m = 0; m < M; ++m) sum[m] = fma(part[m], scale, sum[m]);
+  }
+}
+
+// Few rows of x, at most four of them at a time: a row of W is decoded into registers and meets each there. absmax
+// enters as one multiply for every step, on the sum. x [rows, inner] and t [rows, rank] are packed.
+constexpr int64_t kDotRows = 4, kDotMost = 8, kDotTask = 16;
+
+// y[m] = sums of W's rows o0 … with x[m]. `buffer` is for a row of W or u as floats, or for its absmax (nested).
 template <int M>
-inline void dot_f32(const MatmulParams& p, const float* x, const float* t, float* room, int64_t row,
-                    int threads) {
+inline void dot_f32(const MatmulParams& p, const CodeTable& table, const float* x, const float* t,
+                    float* buffer, int64_t o0, int64_t outputs, float (*y)[kDotTask]) {
+  constexpr int64_t kColumns = (32 << 10) / (4 * M) / 64 * 64;  // of x, that stay in L1
+  const Weight4& w = p.weight4;
+  const bool short_step = w.log2_blocksize == 5 || p.inner % 64;
+  Vec sum[kDotTask][M];
+  for (auto& row : sum)
+    for (Vec& v : row) v = zero();
+  for (int64_t from = 0; w.packed && from < p.inner; from += kColumns) {
+    const int64_t to = min_of(from + kColumns, p.inner);
+    for (int64_t o = 0; o < outputs; ++o) {
+      const int64_t start = (o0 + o) * p.inner, first = start >> w.log2_blocksize;
+      const int64_t last = (start + p.inner - 1) >> w.log2_blocksize;
+      const float* absmax = absmax_range(w.absmax, first, last - first + 1, buffer);
+      short_step ? add_dot_4bit<M, 32>(w, table, start, absmax, x, p.inner, from, to, sum[o])
+                 : add_dot_4bit<M, 64>(w, table, start, absmax, x, p.inner, from, to, sum[o]);
+    }
+  }
+  for (int64_t o = 0; o < outputs; ++o) {
+    float tail[M] = {};
+    if (!w.packed) {
+      read_row(p.dense, o0 + o, 0, p.inner, buffer);
+      add_dot<M>(buffer, x, p.inner, sum[o], tail);
+    }
+    if (p.rank) {
+      read_row(p.u, o0 + o, 0, p.rank, buffer);
+      add_dot<M>(buffer, t, p.rank, sum[o], tail);
+    }
+    for (int m = 0; m < M; ++m) y[m][o] = reduce_add(sum[o][m]) + tail[m];
+  }
+}
+
+inline void run_dot_f32(const MatmulParams& p) {
+  const double work =
+      static_cast<double>(p.rows) * static_cast<double>(p.outputs) * static_cast<double>(p.inner);
+  const int threads = work < F32Kernel::kSerialWork ? 1 : p.threads;
+  const int64_t blocks = (p.inner >> p.weight4.log2_blocksize) + 2;  // that a row of W has a part in
+  const int64_t room = max_of(max_of(p.inner, p.rank), blocks);
+  float* x =
+      static_cast<float*>(scratch(static_cast<size_t>((p.inner + p.rank) * p.rows + room * threads) * 4));
+  float* t = x + p.rows * p.inner;
+  float* buffers = t + p.rows * p.rank;
+  for (int64_t m = 0; m < p.rows; ++m) {
+    float* values = x + m * p.inner;
+    read_row(p.x, m, 0, p.inner, values);
+    for (int64_t i = 0; p.weight4.packed && i < p.inner; i += Vec::kWidth)
+      store(values + i, permute(load(values + i), kSplit));
+    if (p.rank) read_row(p.t, m, 0, p.rank, t + m * p.rank);
+  }
   const CodeTable table = code_registers(code_table(p.weight4.quant_type));
-  const bool four_bit = p.weight4.packed != nullptr;
-  const int64_t step = p.weight4.log2_blocksize == 5 || p.inner % 64 ? 32 : 64;
-  constexpr int64_t kTask = 16;
-  parallel_tasks(threads, ceil_div(p.outputs, kTask), [&](int thread, int64_t task) {
-    float* buffer = room + thread * row;
-    const int64_t o0 = task * kTask, outputs = min_of(kTask, p.outputs - o0);
-    float y[M][kTask];
-    for (int64_t o = o0; o < o0 + outputs; ++o) {
-      Vec sum[M];
-      for (int m = 0; m < M; ++m) sum[m] = zero();
-      float tail[M] = {};
-      if (four_bit) {
-        const int64_t flat = o * p.inner;
-        const int64_t first = flat >> p.weight4.log2_blocksize;
-        const int64_t last = (flat + p.inner - 1) >> p.weight4.log2_blocksize;
-        const float* absmax = absmax_range(p.weight4.absmax, first, last - first + 1, buffer);
-        for (int64_t k = 0; k < p.inner; k += step) {
-          Vec part[M];
-          for (int m = 0; m < M; ++m) part[m] = zero();
-          for (int64_t i = k; i < k + step; i += Vec::kWidth) {
-            const Vec w = lookup(table, p.weight4.packed + ((flat + i) >> 1));
-            for (int m = 0; m < M; ++m) part[m] = fma(w, load(x + m * p.inner + i), part[m]);
-          }
-          const Vec scale = set1(absmax[((flat + k) >> p.weight4.log2_blocksize) - first]);
-          for (int m = 0; m < M; ++m) sum[m] = fma(part[m], scale, sum[m]);
-        }
-      } else {
-        read_row(p.dense, o, 0, p.inner, buffer);
-        add_dot<M>(buffer, x, p.inner, sum, tail);
-      }
-      if (p.rank) {
-        read_row(p.u, o, 0, p.rank, buffer);
-        add_dot<M>(buffer, t, p.rank, sum, tail);
-      }
-      for (int m = 0; m < M; ++m) y[m][o - o0] = reduce_add(sum[m]) + tail[m];
+  const int64_t groups = ceil_div(p.rows, kDotRows);
+  parallel_tasks(threads, ceil_div(p.outputs, kDotTask), [&](int thread, int64_t task) {
+    const int64_t o0 = task * kDotTask, outputs = min_of(kDotTask, p.outputs - o0);
+    if (p.weight4.packed) prefetch_absmax(p.weight4, (o0 + kDotTask) * p.inner, kDotTask * p.inner);
+    float y[kDotMost][kDotTask];
+    for (int64_t group = 0; group < groups; ++group) {
+      const int64_t m = p.rows * group / groups, n = p.rows * (group + 1) / groups - m;
+      const auto dot = n == 1 ? dot_f32<1> : n == 2 ? dot_f32<2> : n == 3 ? dot_f32<3> : dot_f32<4>;
+      dot(p, table, x + m * p.inner, t + m * p.rank, buffers + thread * room, o0, outputs, y + m);
     }
     Epilogue epilogue(p);
-    Epilogue::Columns<kTask> columns;
+    Epilogue::Columns<kDotTask> columns;
     epilogue.begin(o0, outputs, columns);
-    for (int m = 0; m < M; ++m) epilogue.write(m, o0, outputs, y[m]);
+    for (int64_t m = 0; m < p.rows; ++m) epilogue.write(m, o0, outputs, y[m]);
   });
 }
 
 inline void matmul_f32_any(const MatmulParams& p) {
   if (p.rows == 0 || p.outputs == 0) return;
   if (epilogue_alone(p)) return run_epilogue(p);
-  if (p.transposed || p.rows > 4 || (p.weight4.packed && p.inner % 32)) return Matmul<F32Kernel>(p).run();
-  const double work =
-      static_cast<double>(p.rows) * static_cast<double>(p.outputs) * static_cast<double>(p.inner);
-  const int threads = work < F32Kernel::kSerialWork ? 1 : p.threads;
-  const int64_t blocks = (p.inner >> p.weight4.log2_blocksize) + 2;  // that a row of W has a part in
-  const int64_t row = max_of(max_of(p.inner, p.rank), blocks);
-  float* x =
-      static_cast<float*>(scratch(static_cast<size_t>((p.inner + p.rank) * p.rows + row * threads) * 4));
-  float* t = x + p.rows * p.inner;
-  float* room = t + p.rows * p.rank;
-  for (int64_t m = 0; m < p.rows; ++m) {
-    read_row(p.x, m, 0, p.inner, x + m * p.inner);
-    if (p.rank) read_row(p.t, m, 0, p.rank, t + m * p.rank);
-  }
-  switch (p.rows) {
-    case 1:
-      return dot_f32<1>(p, x, t, room, row, threads);
-    case 2:
-      return dot_f32<2>(p, x, t, room, row, threads);
-    case 3:
-      return dot_f32<3>(p, x, t, room, row, threads);
-    default:
-      return dot_f32<4>(p, x, t, room, row, threads);
-  }
+  const bool dot = p.weight4.packed ? p.rows <= kDotMost && p.inner % 32 == 0 : p.rows <= kDotRows;
+  if (dot && !p.transposed) return run_dot_f32(p);
+  Matmul<F32Kernel>(p).run();
 }
 
 }  // namespace

@@ -79,6 +79,9 @@ inline Vec lookup(CodeTable t, const uint8_t* p) {
   return {_mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(q, 28)))};
 }
 
+constexpr int32_t kSplit[8] = {0, 1, 2, 3, 4, 5, 6, 7};
+inline Vec lookup_split(CodeTable t, const uint8_t* p) { return lookup(t, p); }
+
 inline Vec gather_codes(const float* code, const uint8_t* codes) {
   const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes));
   return {_mm256_i32gather_ps(code, _mm256_cvtepu8_epi32(bytes), 4)};

@@ -80,6 +80,16 @@ inline Vec lookup(CodeTable t, const uint8_t* p) {
   q = _mm512_or_si512(_mm512_srli_epi64(q, 4), _mm512_slli_epi64(q, 32));
   return {_mm512_permutexvar_ps(q, t.code)};
 }
+// One shift and one permute: the eight bytes in every qword, each shifted so that its even dword ends in weight j and
+// its odd one in weight j + 8.
+constexpr int32_t kSplit[16] = {0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15};
+inline Vec lookup_split(CodeTable t, const uint8_t* p) {
+  int64_t bytes;
+  std::memcpy(&bytes, p, 8);
+  const __m512i q =
+      _mm512_srlv_epi64(_mm512_set1_epi64(bytes), _mm512_setr_epi64(4, 0, 12, 8, 20, 16, 28, 24));
+  return {_mm512_permutexvar_ps(q, t.code)};
+}
 
 inline Vec gather_codes(const float* code, const uint8_t* codes) {
   const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes));

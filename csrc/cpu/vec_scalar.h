@@ -5,6 +5,7 @@
 //   load_n/store_n          the first n < kWidth elements, nothing beyond is touched; missing lanes load as 0
 //   CodeTable               16 fp32 codes in registers
 //   lookup(table, p)        kWidth weights, the first in the high nibble of p[0]; reads kWidth/2 bytes
+//   lookup_split(table, p)  the same weights in the cheapest order: lane i is weight kSplit[i]
 //   BlockTable<T>           the 16 values round(code * absmax) of one block, as T
 //   decode(table, p, out)   32 of its weights from 16 bytes
 //   max_abs, reduce_max     the largest magnitude, NaN if there is one
@@ -127,6 +128,9 @@ inline CodeTable code_registers(const float* code) { return {code}; }
 inline Vec lookup(CodeTable t, const uint8_t* p) {
   return {{t.code[p[0] >> 4], t.code[p[0] & 15], t.code[p[1] >> 4], t.code[p[1] & 15]}};
 }
+
+constexpr int32_t kSplit[4] = {0, 1, 2, 3};
+inline Vec lookup_split(CodeTable t, const uint8_t* p) { return lookup(t, p); }
 
 // The nested absmax: code[codes[i]], four of them.
 inline Vec gather_codes(const float* code, const uint8_t* codes) {
