@@ -72,11 +72,13 @@ inline void add_dot(const float* w, const float* x, int64_t n, Vec* sum, float* 
 template <int M, int kStep>
 inline void add_dot_4bit(const Weight4& w, const CodeTable& table, int64_t start, const float* absmax,
                          const float* x, int64_t n, int64_t from, int64_t to, Vec* sum) {
-  constexpr int64_t kAheadBytes = 16 << 10;  // the hardware stops at each page of 4 KB
+  // Whole rows further on, because the hardware stops at each page of 4 KB.
+  constexpr int64_t kAheadBytes = 16 << 10;
+  const int64_t ahead = max_of<int64_t>(1, 2 * kAheadBytes / (to - from)) * n / 2;
   const int64_t first = start >> w.log2_blocksize;
   const uint8_t* packed = w.packed + ((start + from) >> 1);
   for (int64_t k = from; k < to; k += kStep, packed += kStep / 2) {
-    prefetch_bytes(packed, kAheadBytes, 1);
+    prefetch_bytes(packed, ahead, 1);
     Vec part[M];
     for (int m = 0; m < M; ++m) part[m] = zero();
 #pragma GCC unroll 16
