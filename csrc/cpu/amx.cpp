@@ -41,7 +41,8 @@ constexpr int kStepDepth = 32;
 // gcc 12 takes __builtin_prefetch out of some loops.
 inline void prefetch_l2(uintptr_t at) { __asm__ volatile("prefetcht1 (%0)" : : "r"(at)); }
 
-// Tiles 0 … 3: C, from 4 on: A, then B. C and A have `rows` rows; less than 16 only while tile 4 alone is A.
+// AmxKernel's: tiles 0 … 3 C, from 4 on A, then B. C and A have `rows` rows; less than 16 only while tile 4 alone is A.
+// For the pipelines all tiles are whole.
 inline TileConfig tile_shapes(int64_t rows) {
   TileConfig config;
   for (int t = 0; t < 8; ++t) {
@@ -342,7 +343,8 @@ inline __m512i scaled_table(__m512 code, float first, float second) {
 //   rows <= 48   W goes through 16 KB of L1, one group ahead
 //   more         a panel of W, at most 256 KB, lies in L2 and meets one set of 48 rows after the other, while the next
 //                panel is decoded
-//   x            up to 256 rows; a contraction for which they would outgrow L2 goes in parts, C to memory in between
+//   x            up to 256 rows; a contraction for which they, or a panel, would outgrow L2 goes in parts, C to memory
+//                in between
 class Pipeline {
  public:
   explicit Pipeline(const MatmulParams& params) : p(params) {
@@ -383,7 +385,7 @@ class Pipeline {
         for (int64_t job = 0; job < ranges * parts; ++job) {
           const int64_t range = job / parts, part = job % parts;
           const int64_t groups = part_begin(part + 1) - part_begin(part) + (part + 1 == parts ? u_groups : 0);
-          const int64_t first = claim();  // each its first before anyone its second
+          const int64_t first = claim(range_begin(range) + thread_index() - team_size());
 #pragma omp for schedule(static)
           for (int64_t i = 0; i < tiles * groups; ++i) pack(m0, part, i / groups, i % groups);
           Worker(*this, own + thread_index() * own_bytes, m0, range, part).run(first);
@@ -403,6 +405,7 @@ class Pipeline {
   static constexpr int64_t kXBytes = 1 << 20;        // of x in tiles: half of an L2 cache
   static constexpr int64_t kPartialBytes = 8 << 20;  // of C between two parts
   static constexpr int64_t kUnit = 32;               // rows of W in a panel: whole lines of out
+  static constexpr int64_t kFewUnits = 16;           // for each thread
   static constexpr int64_t kPanelGroups = 32;        // of it in L2; twice 256 KB
   static constexpr int64_t kGroupDepth = 128, kGroupSteps = 4;
   static constexpr int64_t kGroupBytes = kGroupSteps * kTileBytes;  // of 16 rows
@@ -423,8 +426,10 @@ class Pipeline {
   Bf16* x_set(int64_t set, int64_t groups) const {
     return x_packed + set_begin(set) * kGroupSteps * groups * kTile;
   }
-  int64_t claim() {
-    int64_t unit;
+  // What a thread takes after `last`: whatever is free; of few units each its share, because units are claimed two ahead.
+  int64_t claim(int64_t last) {
+    if (units < kFewUnits * ranges * threads) return last + team_size();
+    int64_t unit;  // each its first before anyone its second
 #pragma omp atomic capture
     unit = claimed++;
     return unit;
@@ -475,7 +480,7 @@ class Pipeline {
           begin(l.part_begin(part)),
           end(l.part_begin(part + 1)),
           unit0(l.range_begin(range)),
-          units(l.range_begin(range + 1)),
+          unit_end(l.range_begin(range + 1)),
           first_part(part == 0),
           last_part(part + 1 == l.parts),
           in_place(p.weight4.absmax.values && p.weight4.log2_blocksize == 6),
@@ -485,13 +490,13 @@ class Pipeline {
     }
 
     void run(int64_t first) {
-      if (first >= units) return;
+      if (first >= unit_end) return;
       unit = first;
-      after = l.claim();
-      later = l.claim();
+      after = l.claim(unit);
+      later = l.claim(after);
       enter(unit, after);
       for (int64_t i = 0; i < (l.sets == 1 ? 1 : end - begin) * kGroupSteps; ++i) decode_next();
-      for (; unit < units; unit = after, after = later, later = l.claim()) {
+      for (; unit < unit_end; unit = after, after = later, later = l.claim(after)) {
         const int64_t outputs = min_of(kUnit, p.outputs - kUnit * unit);
         float* c = last_part ? sums[made] : l.partial + 2 * l.tiles * (unit - unit0) * kSums;
         const float* from = first_part ? nullptr : l.partial + 2 * l.tiles * (unit - unit0) * kSums;
@@ -549,12 +554,12 @@ class Pipeline {
     void enter(int64_t panel, int64_t next) {
       const Weight4& w4 = p.weight4;
       source.o0 = kUnit * panel;
-      source.rows = panel < units ? min_of(kUnit, p.outputs - source.o0) : 0;
+      source.rows = panel < unit_end ? min_of(kUnit, p.outputs - source.o0) : 0;
       source.group = begin;
       source.slice = 0;
       source.whole = in_place && source.rows == kUnit;
       if (!source.rows) return;
-      const int64_t start = (next < units ? kUnit * next : source.o0) * p.inner + kGroupDepth * begin;
+      const int64_t start = (next < unit_end ? kUnit * next : source.o0) * p.inner + kGroupDepth * begin;
       source.ahead = reinterpret_cast<uintptr_t>(w4.packed) + static_cast<uintptr_t>(start >> 1);
       // Whole rows are fetched in the order in which they lie.
       source.ahead_group = l.parts == 1 ? 64 * kUnit : 64;
@@ -629,15 +634,19 @@ class Pipeline {
       return _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(0x1010), 1);
     }
 
+    int64_t u_steps(int64_t group) const {
+      return min_of(kGroupSteps, ceil_div(p.rank - kGroupDepth * group, kStepDepth));
+    }
+
     // A group of u.
     __attribute__((noinline)) void read_addend(int64_t group) {
       const int64_t o0 = kUnit * unit;
       for (int64_t r = 0; r < min_of(kUnit, p.outputs - o0); ++r) {
-        for (int64_t s = 0; s < kGroupSteps; ++s) {
+        for (int64_t s = 0; s < u_steps(group); ++s) {
           const int64_t c = kGroupDepth * group + kStepDepth * s;
-          const int64_t n = max_of<int64_t>(0, min_of<int64_t>(kStepDepth, p.rank - c));
+          const int64_t n = min_of<int64_t>(kStepDepth, p.rank - c);
           Bf16* row = own.u + 2 * s * kTile + tile_row(r);
-          if (n) read_row(p.u, o0 + r, c, n, row);
+          read_row(p.u, o0 + r, c, n, row);
           std::memset(row + n, 0, static_cast<size_t>(kStepDepth - n) * sizeof(Bf16));
         }
       }
@@ -666,7 +675,7 @@ class Pipeline {
       }
       for (int64_t group = 0; group < u_groups; ++group) {
         if (set == 0 || u_groups > 1) read_addend(group);
-        for (int64_t s = 0; s < kGroupSteps; ++s, x += T * kTile) products<T>(own.u + 2 * s * kTile, x);
+        for (int64_t s = 0; s < u_steps(group); ++s, x += T * kTile) products<T>(own.u + 2 * s * kTile, x);
       }
       end_sums<T>(c);
     }
@@ -739,8 +748,8 @@ class Pipeline {
     Own& own;
     Bf16* w;  // [side][group][step][2 tiles]
     float* sums[2];
-    const int64_t m0, begin, end;  // rows of x; groups
-    const int64_t unit0, units;    // the range's first, and its end
+    const int64_t m0, begin, end;   // rows of x; groups
+    const int64_t unit0, unit_end;  // the range's first, and its end
     const bool first_part, last_part, in_place;
     int64_t unit = 0, after = 0, later = 0;  // that this thread has claimed
     int side = 0, made = 0;
@@ -1164,7 +1173,7 @@ class TransposedPipeline {
   Bf16* x_packed = nullptr;
 };
 
-// Tiles from L1, as the pipeline has them: 2 x 2 products of 4 loads, over 16 KB of noise.
+// Tiles from L1: 2 x 2 products of 4 loads, over 16 KB of noise.
 struct AmxProducts {
   static constexpr int kRows = 2, kColumns = 2;
   static constexpr int kFlops = 2 * 16 * 16 * kStepDepth;

@@ -68,14 +68,14 @@ inline void add_dot(const float* w, const float* x, int64_t n, Vec* sum, float* 
 }
 
 // sum[m] += w · x[m] over the columns from … to of a row of a 4-bit W that starts at flat index `start`, kStep weights of
-// a block at a time; x in lookup_split's order.
+// a block at a time; absmax of the first one's block on, x in lookup_split's order.
 template <int M, int kStep>
 inline void add_dot_4bit(const Weight4& w, const CodeTable& table, int64_t start, const float* absmax,
                          const float* x, int64_t n, int64_t from, int64_t to, Vec* sum) {
   // Whole rows further on, because the hardware stops at each page of 4 KB.
   constexpr int64_t kAheadBytes = 16 << 10;
   const int64_t ahead = max_of<int64_t>(1, 2 * kAheadBytes / (to - from)) * n / 2;
-  const int64_t first = start >> w.log2_blocksize;
+  const int64_t first = (start + from) >> w.log2_blocksize;
   const uint8_t* packed = w.packed + ((start + from) >> 1);
   for (int64_t k = from; k < to; k += kStep, packed += kStep / 2) {
     prefetch_bytes(packed, ahead, 1);
@@ -100,16 +100,18 @@ template <int M>
 inline void dot_f32(const MatmulParams& p, const CodeTable& table, const float* x, const float* t,
                     float* buffer, int64_t o0, int64_t outputs, float (*y)[kDotTask]) {
   constexpr int64_t kColumns = (32 << 10) / (4 * M) / 64 * 64;  // of x, that stay in L1
+  const int64_t parts = max_of<int64_t>(1, ceil_div(p.inner, kColumns));
+  const int64_t columns = round_up(ceil_div(p.inner, parts), 64);
   const Weight4& w = p.weight4;
   const bool short_step = w.log2_blocksize == 5 || p.inner % 64;
   Vec sum[kDotTask][M];
   for (auto& row : sum)
     for (Vec& v : row) v = zero();
-  for (int64_t from = 0; w.packed && from < p.inner; from += kColumns) {
-    const int64_t to = min_of(from + kColumns, p.inner);
+  for (int64_t from = 0; w.packed && from < p.inner; from += columns) {
+    const int64_t to = min_of(from + columns, p.inner);
     for (int64_t o = 0; o < outputs; ++o) {
-      const int64_t start = (o0 + o) * p.inner, first = start >> w.log2_blocksize;
-      const int64_t last = (start + p.inner - 1) >> w.log2_blocksize;
+      const int64_t start = (o0 + o) * p.inner, first = (start + from) >> w.log2_blocksize;
+      const int64_t last = (start + to - 1) >> w.log2_blocksize;
       const float* absmax = absmax_range(w.absmax, first, last - first + 1, buffer);
       short_step ? add_dot_4bit<M, 32>(w, table, start, absmax, x, p.inner, from, to, sum[o])
                  : add_dot_4bit<M, 64>(w, table, start, absmax, x, p.inner, from, to, sum[o]);

@@ -16,8 +16,10 @@ namespace {
 
 #if defined(_OPENMP)
 inline int thread_index() { return omp_get_thread_num(); }
+inline int team_size() { return omp_get_num_threads(); }
 #else
 inline int thread_index() { return 0; }
+inline int team_size() { return 1; }
 #endif
 
 // The caller's rounding and flushing of subnormals (torch.set_flush_denormal) for as long as this lives:
