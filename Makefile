@@ -104,7 +104,7 @@ PYTEST_EMULATED = $(PY) -m pytest -p no:faulthandler -c $(ROOT)/pyproject.toml -
 test-amx: build ## the suite on the AMX kernels as they ship, for a CPU without AMX: each tile instruction is emulated
 	$(call build_variant,amx,-DPEFTKERN_EMULATE_AMX=ON)
 	@cd build/amx/site && $(PY) -c 'from peftkern import _cpu; "amx" in _cpu.isa_levels() or \
-	  print("the level amx is NOT TESTED here: this CPU does not execute AVX512_BF16, which it needs")'
+	  print("NOT TESTED: the level amx. The CPU does not execute AVX512_BF16, or the compiler has no AMX")'
 	cd build/amx/site && $(PYTEST_EMULATED)
 
 SANITIZERS = $(foreach library,libasan.so libubsan.so libstdc++.so,$(shell $(or $(CXX),c++) -print-file-name=$(library)))
