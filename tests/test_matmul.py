@@ -117,6 +117,6 @@ def test_amx_takes_outputs_in_ranges() -> None:
     out = torch.full((rows, outputs), torch.nan)
     with use_isa("amx"):
         _cpu.matmul(out, x, weight.kernel_args, False, 1.0, None, None, None, None, 2)
-    values = reference.dequantize_4bit(weight, torch.float32)
-    operand = bounds.operand(values, bounds.compute_dtype(torch.bfloat16))
+        compute = bounds.compute_dtype(torch.bfloat16)
+    operand = bounds.operand(reference.dequantize_4bit(weight, torch.float32), compute)
     bounds.check("out", out, bounds.matmul(bounds.exact(x), operand, torch.float32))

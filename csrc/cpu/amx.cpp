@@ -336,6 +336,14 @@ inline __m512i scaled_table(__m512 code, float first, float second) {
   return bf16_pair(_mm512_mul_ps(code, _mm512_set1_ps(second)), _mm512_mul_ps(code, _mm512_set1_ps(first)));
 }
 
+// A call of so few cycles, of decoding and of tiles, is not worth a second thread.
+inline int pipeline_threads(const MatmulParams& p) {
+  constexpr double kSerialCycles = 8192;
+  const double cycles = static_cast<double>(p.outputs) * static_cast<double>(p.inner + p.rank) *
+                        (1.0 / 16 + static_cast<double>(p.rows) / 512);
+  return cycles < kSerialCycles ? 1 : p.threads;
+}
+
 // X Wᵀ. 32 rows of W at a time meet up to 48 rows of x: C, at most six tiles, stays where it is over all of the contraction.
 // Between two steps of the tile unit the vector units decode a slice of the rows of W that come next, in groups of 128
 // of the contraction. x streams from L2.
@@ -355,20 +363,17 @@ class Pipeline {
     sets = ceil_div(tiles, kSetTiles);
     parts = ceil_div(w_groups, min_of(kXBytes / (tiles * kGroupBytes), sets == 1 ? w_groups : kPanelGroups));
     ahead = sets == 1 ? 1 : ceil_div(w_groups, parts);
-    const int64_t unit_bytes = 2 * tiles * kTileBytes;
+    unit_bytes = 2 * tiles * kTileBytes;
     units = ceil_div(p.outputs, kUnit);
     ranges = parts == 1 ? 1 : ceil_div(units * unit_bytes, kPartialBytes);
-    const double cycles = static_cast<double>(p.outputs) * static_cast<double>(p.inner + p.rank) *
-                          (1.0 / 16 + static_cast<double>(p.rows) / 512);
-    threads = cycles < kSerialCycles ? 1 : p.threads;
+    threads = pipeline_threads(p);
   }
 
   void run() {
     const int64_t x_bytes = tiles * (ceil_div(w_groups, parts) + u_groups) * kGroupBytes;
-    const int64_t partial_bytes = parts > 1 ? ceil_div(units, ranges) * 2 * tiles * kTileBytes : 0;
-    const int64_t sums_bytes = 2 * tiles * kTileBytes;  // of a unit
+    const int64_t partial_bytes = parts > 1 ? ceil_div(units, ranges) * unit_bytes : 0;
     const int64_t own_bytes =
-        static_cast<int64_t>(sizeof(Own)) + 2 * ahead * 2 * kGroupBytes + 2 * sums_bytes;
+        static_cast<int64_t>(sizeof(Own)) + 2 * ahead * 2 * kGroupBytes + 2 * unit_bytes;
     char* memory =
         static_cast<char*>(scratch(static_cast<size_t>(x_bytes + partial_bytes + threads * own_bytes)));
     x_packed = reinterpret_cast<Bf16*>(memory);
@@ -410,7 +415,6 @@ class Pipeline {
   static constexpr int64_t kGroupDepth = 128, kGroupSteps = 4;
   static constexpr int64_t kGroupBytes = kGroupSteps * kTileBytes;  // of 16 rows
   static constexpr int64_t kGroup = 2 * kGroupSteps * kTile;        // of a panel: [step][2 tiles]
-  static constexpr double kSerialCycles = 8192;
 
   // What a thread has for itself, besides two panels (or groups) of W and the sums of two units.
   struct Own {
@@ -533,8 +537,8 @@ class Pipeline {
       int64_t o0 = 0, rows = 0, group = 0, slice = 0;
       bool whole = false;  // all rows, absmax where it lies
       int64_t scales_run = 0;
-      uintptr_t ahead =
-          0;  // what is fetched meanwhile: from here on, so far from group to group and row to row
+      // What is fetched meanwhile: from here on, so far from group to group and row to row.
+      uintptr_t ahead = 0;
       int64_t ahead_group = 0, ahead_row = 0;
     };
     // A unit whose sums are complete: what is left to do, in pieces.
@@ -765,6 +769,7 @@ class Pipeline {
   int64_t block_rows, tiles, sets;  // of x
   int64_t parts;                    // of the contraction
   int64_t ahead;                    // groups that are decoded before they are multiplied, at most
+  int64_t unit_bytes;               // of C
   int64_t units, ranges;            // of outputs
   int threads;
   int64_t claimed = 0;
@@ -786,9 +791,7 @@ class TransposedPipeline {
     chunks = ceil_div(groups, 5);
     w_stride = 4 * ceil_div(groups, chunks) * kTile + 32;
 
-    const double cycles = static_cast<double>(p.outputs) * static_cast<double>(p.inner + p.rank) *
-                          (1.0 / 16 + static_cast<double>(p.rows) / 512);
-    threads = cycles < kSerialCycles ? 1 : p.threads;
+    threads = pipeline_threads(p);
     // Panels: wide, so that x is seldom fetched, but W's tiles stay in L2 and all threads end together.
     width = p.rows > 128 ? 256 : 128;
     for (int64_t narrower = width - 64; narrower > 0; narrower -= 64)
@@ -831,7 +834,6 @@ class TransposedPipeline {
   static constexpr int64_t kMaxRows = 256;
   static constexpr int kMaxWidth = 256;
   static constexpr int64_t kPrefetchBytes = 512 << 10;
-  static constexpr double kSerialCycles = 8192;
 
   // Outputs of the thread that has most.
   int64_t busiest(int64_t w) const { return ceil_div(ceil_div(p.outputs, w), threads) * w; }
@@ -876,8 +878,8 @@ class TransposedPipeline {
   struct Rest {
     int piece = 0, pieces = 0, rate = 0;
     int adds = 0;
-    int64_t nw = 0, nx = 0, w0 = 0, x0 = 0;
-    int64_t o0 = 0, outputs = 0;
+    int64_t nx = 0, w0 = 0, x0 = 0;
+    int64_t o0 = 0;
     float* c = nullptr;
   };
 
@@ -1033,8 +1035,8 @@ class TransposedPipeline {
       const int64_t outputs = panel_outputs(panel);
       const int64_t begin = l.chunk_begin(chunk), n = l.chunk_end(chunk) - begin;
       const bool first = chunk == 0, last = chunk + 1 == l.chunks;
-      const int64_t nw_all = ceil_div(outputs, 16), nx_all = ceil_div(rows, 16);
-      const int64_t w_blocks = ceil_div(nw_all, 2);
+      const int64_t nw_all = outputs / 16, nx_all = ceil_div(rows, 16);  // outputs are whole groups of 64
+      const int64_t w_blocks = nw_all / 2;
       all_steps = n * w_blocks * ceil_div(nx_all, 2);
       due = 0;
       const bool fetch = l.x_tiles * l.steps * kTileBytes > kPrefetchBytes;
@@ -1046,29 +1048,23 @@ class TransposedPipeline {
           x_ahead = reinterpret_cast<uintptr_t>(next_x) +
                     static_cast<uintptr_t>(line / 16 * l.steps * kTileBytes + line % 16 * 64);
           x_ahead_lines = fetch ? 16 * (w0 + 2) / w_blocks - line : 0;
-          const int64_t nw = min_of<int64_t>(2, nw_all - w0), nx = min_of<int64_t>(2, nx_all - x0);
+          const int64_t nx = min_of<int64_t>(2, nx_all - x0);
           const Bf16* w = tiles + w0 * l.w_stride;
           const Bf16* x = l.x_tile(x0, begin);
-          if (nw == 2) {
-            nx == 2 ? block<2, 2>(w, x, n) : block<2, 1>(w, x, n);
-          } else {
-            nx == 2 ? block<1, 2>(w, x, n) : block<1, 1>(w, x, n);
-          }
+          nx == 2 ? block<2>(w, x, n) : block<1>(w, x, n);
           finish_rest();
-          rest.nw = nw;
           rest.nx = nx;
           rest.w0 = w0;
           rest.x0 = x0;
           if (last && x0 == 0 && w0 == 0) epilogue.begin(panel * l.width, outputs, columns);
           rest.o0 = panel * l.width;
-          rest.outputs = outputs;
           rest.c = sums + (w0 * l.x_tiles + x0) * kSums;
           if (first) {
             store_sums(rest.c, l.x_tiles * kSums);
             rest.adds = 0;
           } else {
             store_sums(part, 2 * kSums);
-            rest.adds = static_cast<int>(nw * nx);
+            rest.adds = static_cast<int>(2 * nx);
           }
           rest.piece = 0;
           rest.pieces = rest.adds + (last ? out_pieces() : 0);
@@ -1080,12 +1076,12 @@ class TransposedPipeline {
     void store_sums(float* c, int64_t next_w) const {
       tile_store<0>(c, kRow);
       if (rest.nx == 2) tile_store<1>(c + kSums, kRow);
-      if (rest.nw == 2) tile_store<2>(c + next_w, kRow);
-      if (rest.nw == 2 && rest.nx == 2) tile_store<3>(c + next_w + kSums, kRow);
+      tile_store<2>(c + next_w, kRow);
+      if (rest.nx == 2) tile_store<3>(c + next_w + kSums, kRow);
     }
 
     // C tile 2 i + j: W's tile i, x's tile j. W, which comes from L2, is streamed.
-    template <int W, int X>
+    template <int X>
     void block(const Bf16* w, const Bf16* x, int64_t n) {
       const int64_t next_w = l.w_stride, next_x = l.steps * kTile;
       tile_zero<0>();
@@ -1096,14 +1092,12 @@ class TransposedPipeline {
         tile_load<4>(x, kRow);
         tile_stream<6>(w, kRow);
         tile_dpbf16<0, 4, 6>();
-        if constexpr (W == 2) {
-          tile_stream<7>(w + next_w, kRow);
-          tile_dpbf16<2, 4, 7>();
-        }
+        tile_stream<7>(w + next_w, kRow);
+        tile_dpbf16<2, 4, 7>();
         if constexpr (X == 2) {
           tile_load<5>(x + next_x, kRow);
           tile_dpbf16<1, 5, 6>();
-          if constexpr (W == 2) tile_dpbf16<3, 5, 7>();
+          tile_dpbf16<3, 5, 7>();
         }
         weave(s);
       }
@@ -1139,13 +1133,9 @@ class TransposedPipeline {
           _mm512_store_ps(rows_out + 64 + 16 * t, _mm512_load_ps(c));
         }
         Bf16Panels::restore(rows_out + 64, rows_out);
-        write_out(16 * (rest.x0 + i / 4) + r, 16 * (rest.w0 - 2), 64, rows_out);
+        const int64_t m = 16 * (rest.x0 + i / 4) + r;
+        if (m < rows) epilogue.write(m0 + m, rest.o0 + 16 * (rest.w0 - 2), 64, rows_out);
       }
-    }
-
-    // n outputs from `from` on in the panel, of row m of the block
-    void write_out(int64_t m, int64_t from, int64_t n, const float* row) const {
-      if (m < rows) epilogue.write(m0 + m, rest.o0 + from, n, row);
     }
 
     TransposedPipeline& l;
