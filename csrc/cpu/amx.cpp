@@ -777,9 +777,9 @@ class Pipeline {
   float* partial = nullptr;
 };
 
-// dY W: 16 rows of dY are A, 32 rows of W in pairs B. A chunk is up to 20 steps of 2 x 2 C tiles; the next chunk of W is
-// decoded into L2 while this one is multiplied. C goes out after a chunk to a 4 KB buffer and is added to the sums with
-// vector instructions during the next block.
+// dY W: 16 rows of dY are A, 32 rows of W in pairs B. A chunk is up to 8 steps of 2 x 2 C tiles, and up to 512 columns; the
+// next chunk of W is decoded into L2 while this one is multiplied. C goes out after a chunk to a 4 KB buffer and is added to
+// the sums with vector instructions during the next block.
 class TransposedPipeline {
  public:
   explicit TransposedPipeline(const MatmulParams& params) : p(params) {
@@ -788,12 +788,12 @@ class TransposedPipeline {
     block_rows = round_up(ceil_div(p.rows, ceil_div(p.rows, kMaxRows)), 32);
     x_tiles = ceil_div(min_of(block_rows, p.rows), 16);
     const int64_t groups = ceil_div(steps, 4);
-    chunks = ceil_div(groups, 5);
+    chunks = ceil_div(groups, kChunkGroups);
     w_stride = 4 * ceil_div(groups, chunks) * kTile + 32;
 
     threads = pipeline_threads(p);
     // Panels: wide, so that x is seldom fetched, but W's tiles stay in L2 and all threads end together.
-    width = p.rows > 128 ? 256 : 128;
+    width = kMaxWidth;
     for (int64_t narrower = width - 64; narrower > 0; narrower -= 64)
       if (20 * busiest(narrower) < 19 * busiest(width)) width = narrower;
     w_tiles = width / 16;
@@ -832,7 +832,8 @@ class TransposedPipeline {
 
  private:
   static constexpr int64_t kMaxRows = 256;
-  static constexpr int kMaxWidth = 256;
+  static constexpr int kMaxWidth = 512;
+  static constexpr int64_t kChunkGroups = 2;  // of four steps
   static constexpr int64_t kPrefetchBytes = 512 << 10;
 
   // Outputs of the thread that has most.
@@ -868,7 +869,7 @@ class TransposedPipeline {
   struct Job {
     int64_t o0 = 0, outputs = 0;
     int64_t begin = 0, end = 0;  // steps
-    int64_t ahead = 0;           // flat index that goes with unit 0
+    int64_t next = 0;            // the first output of the panel after this one
     int64_t unit = 0, units = 0;
     Bf16* tiles = nullptr;
   };
@@ -934,10 +935,7 @@ class TransposedPipeline {
       job.outputs = panel_outputs(panel);
       job.begin = l.chunk_begin(chunk);
       job.end = l.chunk_end(chunk);
-      const int64_t next = after < l.panels ? after * l.width : job.o0;
-      // the next chunk: a whole panel would not fit
-      const bool last = chunk + 1 == l.chunks;
-      job.ahead = (last ? 0 : kStepDepth * job.end) * p.outputs + (last ? next : job.o0);
+      job.next = after < l.panels ? after * l.width : job.o0;
       job.unit = 0;
       job.units = 16 * (job.end - job.begin);
       job.tiles = w_packed[buffer];
@@ -994,7 +992,9 @@ class TransposedPipeline {
         const float* absmax1 = absmax_runs(w, start1, job.outputs >> 6, buffer[1]);
         const uint8_t* bytes0 = w.packed + (start0 >> 1);
         const uint8_t* bytes1 = w.packed + (start1 >> 1);
-        const int64_t ahead = job.ahead + 2 * unit * p.outputs;
+        const bool here = c + kRowsAhead < p.inner;
+        const int64_t ahead =
+            (c + kRowsAhead - (here ? 0 : p.inner)) * p.outputs + (here ? job.o0 : job.next);
         for (int64_t i = 0; i < job.outputs; i += 128) {
           prefetch_l2(packed + static_cast<uintptr_t>((ahead + i) >> 1));
           prefetch_l2(packed + static_cast<uintptr_t>((ahead + p.outputs + i) >> 1));

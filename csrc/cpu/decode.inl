@@ -55,6 +55,10 @@ inline const float* absmax_range(const Absmax& a, int64_t first, int64_t n, floa
   return buffer;
 }
 
+// Where a panel takes some columns of every row of W: so many rows ahead their bytes are fetched. Rows 2 KB apart share 32
+// or 64 sets of an L2 cache, which holds 512 or 1024 of them: a whole chunk ahead drives out what waits to be decoded.
+constexpr int64_t kRowsAhead = 32;
+
 inline void prefetch_bytes(const void* base, int64_t offset, int64_t bytes) {
   const uintptr_t at = reinterpret_cast<uintptr_t>(base) + static_cast<uintptr_t>(offset);
   for (int64_t i = 0; i < bytes; i += 64)

@@ -454,6 +454,8 @@ class Matmul {
     if (!s.four_bit && in_order) return pack_dense(s.dense, o0, outputs, c, n, depth, panel);
     pack_rows_read(outputs, n, depth, panel, [&](int64_t q, Elem* row) {
       if (s.four_bit) {
+        prefetch_bytes(p.weight4.packed, ((c + q + kRowsAhead) * p.outputs + o0) >> 1, outputs / 2);
+        prefetch_absmax(p.weight4, (c + q + kRowsAhead) * p.outputs + o0, outputs);
         decode_range(p.weight4, table, (c + q) * p.outputs + o0, outputs, row);
       } else {
         read_row(transposed(s.dense), c + q, o0, outputs, row);

@@ -108,9 +108,9 @@ struct Bf16Panels {
       const bool odd = q + 1 == n;  // the second row of the pair is not there: absmax 0
       const int64_t flat0 = (row0 + q) * width + o0;
       const int64_t flat1 = odd ? flat0 : flat0 + width;
-      // the same columns, a chunk of rows further down
-      prefetch_bytes(w.packed, (flat0 + depth * width) >> 1, outputs / 2);
-      prefetch_bytes(w.packed, (flat1 + depth * width) >> 1, outputs / 2);
+      // 128 columns of a row take some ten cycles
+      prefetch_bytes(w.packed, (flat0 + 2 * kRowsAhead * width) >> 1, outputs / 2);
+      prefetch_bytes(w.packed, (flat1 + 2 * kRowsAhead * width) >> 1, outputs / 2);
       for (int64_t o = 0; o < outputs; o += kGroup) {
         Bf16* out = panel + o / kStrip * kStrip * depth + 2 * (o % kStrip);
         const float a0 = absmax_at(w.absmax, (flat0 + o) >> w.log2_blocksize);
