@@ -21,7 +21,7 @@
 //     kAcross                   there is multiply_across, which takes A as pairs of columns
 //     kGroups                   there are in_groups, kGroup, decode_pairs and decode_columns for a 4-bit W whose
 //                               rows are whole groups, and reorder and restore for the order those leave
-//     kDotRows                  rows of A at most for dot_rows, with rows of B where they lie; 0: there is none
+//     kDotRows                  rows of A at most for dot_rows, with rows of B where they lie
 //     kSerialWork               products that are not worth a second thread
 //
 // The addend is a last chunk of the contraction (x continues with t, W with u), so it costs rank / inner and

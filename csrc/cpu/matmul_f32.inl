@@ -9,7 +9,6 @@ namespace {
 
 struct F32Kernel {
   using Elem = float;
-  static constexpr int kDotRows = 0;
   static constexpr int kPair = 1;
   static constexpr int kLanes = Vec::kWidth;
   static constexpr int kAccumulators = kLanes == 16 ? 24 : 12;  // of 32 or 16 registers
@@ -27,6 +26,13 @@ struct F32Kernel {
   static constexpr int kAlignX = 1;
   static constexpr bool kGroups = false;  // panels are in natural order
   static constexpr double kSerialWork = 1 << 17;
+
+  // v[m * v_stride + o] = z[m] · w[o], m < rows <= kDotRows, o0 <= o < o1: w's rows, contiguous and of T or fp32, are read
+  // where they lie.
+  static constexpr int kDotRows = 4;
+  template <class T>
+  static void dot_rows(const Matrix& w, int64_t o0, int64_t o1, int64_t rows, const T* z, int64_t n, float* v,
+                       int64_t v_stride);
 
   template <int R, int V>
   static void tile(int64_t depth, const float* a, int64_t a_stride, int64_t, const float* b, int64_t b_stride,
@@ -56,15 +62,40 @@ struct F32Kernel {
 };
 
 // sum[m] += w · x[m]; what does not fill a vector goes to tail[m].
-template <int M>
-inline void add_dot(const float* w, const float* x, int64_t n, Vec* sum, float* tail) {
+template <int M, class W, class X>
+inline void add_dot(const W* w, const X* x, int64_t n, Vec* sum, float* tail) {
   int64_t i = 0;
   for (; i + Vec::kWidth <= n; i += Vec::kWidth) {
     const Vec row = load(w + i);
     for (int m = 0; m < M; ++m) sum[m] = fma(row, load(x + m * n + i), sum[m]);
   }
   for (; i < n; ++i)
-    for (int m = 0; m < M; ++m) tail[m] += w[i] * x[m * n + i];
+    for (int m = 0; m < M; ++m) tail[m] += to_float(w[i]) * to_float(x[m * n + i]);
+}
+
+template <int M, class W, class X>
+inline void dot_rows_of(const Matrix& w, int64_t o0, int64_t o1, const X* z, int64_t n, float* v,
+                        int64_t v_stride) {
+  for (int64_t o = o0; o < o1; ++o) {
+    Vec sum[M];
+    for (Vec& s : sum) s = zero();
+    float tail[M] = {};
+    add_dot<M>(static_cast<const W*>(w.data) + o * w.stride0, z, n, sum, tail);
+    for (int m = 0; m < M; ++m) v[m * v_stride + o] = reduce_add(sum[m]) + tail[m];
+  }
+}
+
+template <class T>
+inline void F32Kernel::dot_rows(const Matrix& w, int64_t o0, int64_t o1, int64_t rows, const T* z, int64_t n,
+                                float* v, int64_t v_stride) {
+  const auto of = [&](auto dot, auto dot_f32) {
+    return (w.dtype == DType::f32 ? dot_f32 : dot)(w, o0, o1, z, n, v, v_stride);
+  };
+  if (rows == 1) return of(dot_rows_of<1, T, T>, dot_rows_of<1, float, T>);
+  if (rows == 2) return of(dot_rows_of<2, T, T>, dot_rows_of<2, float, T>);
+  if (rows == 3) return of(dot_rows_of<3, T, T>, dot_rows_of<3, float, T>);
+  static_assert(kDotRows == 4, "all of them");
+  return of(dot_rows_of<4, T, T>, dot_rows_of<4, float, T>);
 }
 
 // sum[m] += w · x[m] over the columns from … to of a row of a 4-bit W that starts at flat index `start`, kStep weights of
@@ -93,7 +124,7 @@ inline void add_dot_4bit(const Weight4& w, const CodeTable& table, int64_t start
 
 // Few rows of x, at most four of them at a time: a row of W is decoded into registers and meets each there. absmax
 // enters as one multiply for every step, on the sum. x [rows, inner] and t [rows, rank] are packed.
-constexpr int64_t kDotRows = 4, kDotMost = 8, kDotTask = 16;
+constexpr int64_t kDotMost = 8, kDotTask = 16;
 
 // y[m] = sums of W's rows o0 … with x[m]. `buffer` is for a row of W or u as floats, or for its absmax (nested).
 template <int M>
@@ -149,7 +180,7 @@ inline void run_dot_f32(const MatmulParams& p) {
     if (p.rank) read_row(p.t, m, 0, p.rank, t + m * p.rank);
   }
   const CodeTable table = code_registers(code_table(p.weight4.quant_type));
-  const int64_t groups = ceil_div(p.rows, kDotRows);
+  const int64_t groups = ceil_div(p.rows, F32Kernel::kDotRows);
   parallel_tasks(threads, ceil_div(p.outputs, kDotTask), [&](int thread, int64_t task) {
     const int64_t o0 = task * kDotTask, outputs = min_of(kDotTask, p.outputs - o0);
     if (p.weight4.packed) prefetch_absmax(p.weight4, (o0 + kDotTask) * p.inner, kDotTask * p.inner);
@@ -169,7 +200,7 @@ inline void run_dot_f32(const MatmulParams& p) {
 inline void matmul_f32_any(const MatmulParams& p) {
   if (p.rows == 0 || p.outputs == 0) return;
   if (epilogue_alone(p)) return run_epilogue(p);
-  const bool dot = p.weight4.packed ? p.rows <= kDotMost && p.inner % 32 == 0 : p.rows <= kDotRows;
+  const bool dot = p.weight4.packed ? p.rows <= kDotMost && p.inner % 32 == 0 : p.rows <= F32Kernel::kDotRows;
   if (dot && !p.transposed) return run_dot_f32(p);
   Matmul<F32Kernel>(p).run();
 }

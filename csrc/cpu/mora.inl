@@ -87,7 +87,7 @@ class Mora {
   }
 
  private:
-  static constexpr bool kDots = K::kDotRows > 0 && std::is_same_v<T, Elem>;
+  static constexpr bool kDots = std::is_same_v<Elem, float> || std::is_same_v<T, Elem>;
   static constexpr int64_t kDotOutputs = 32;  // of a task
   static constexpr int64_t kGroupBytes = 384 << 10;
   static constexpr int64_t kGroupRows = 48;
