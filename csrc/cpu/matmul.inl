@@ -68,6 +68,13 @@ struct Segment {
   Source source;
 };
 
+// Rows of u meet the sums last, a few bytes each: on their own they would wait for memory one after another.
+inline void prefetch_u(const MatmulParams& p, int64_t o0, int64_t rows) {
+  const int64_t size = p.u.dtype == DType::f32 ? 4 : 2;
+  for (int64_t r = 0; p.u.stride1 == 1 && r < rows; ++r)
+    prefetch_bytes(p.u.data, (o0 + r) * p.u.stride0 * size, p.rank * size);
+}
+
 template <class K>
 class Matmul {
   using Elem = typename K::Elem;

@@ -500,13 +500,6 @@ inline bool dot_applies(const MatmulParams& p, int64_t most) {
   return p.rows <= (p.outputs <= 16 ? most : min_of(most, kDotGroup));
 }
 
-// Rows of u meet the sums last, a few bytes each: on their own they would wait for memory one after another.
-inline void prefetch_u(const MatmulParams& p, int64_t o0, int64_t rows) {
-  const int64_t size = p.u.dtype == DType::f32 ? 4 : 2;
-  for (int64_t r = 0; p.u.stride1 == 1 && r < rows; ++r)
-    prefetch_bytes(p.u.data, (o0 + r) * p.u.stride0 * size, p.rank * size);
-}
-
 inline void run_dot_bf16(const MatmulParams& p) {
   const double work =
       static_cast<double>(p.rows) * static_cast<double>(p.outputs) * static_cast<double>(p.inner);

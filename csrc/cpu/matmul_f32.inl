@@ -27,8 +27,7 @@ struct F32Kernel {
   static constexpr bool kGroups = false;  // panels are in natural order
   static constexpr double kSerialWork = 1 << 17;
 
-  // v[m * v_stride + o] = z[m] · w[o], m < rows <= kDotRows, o0 <= o < o1: w's rows, contiguous and of T or fp32, are read
-  // where they lie.
+  // v[m * v_stride + o] = z[m] · w[o], m < rows <= kDotRows, o0 <= o < o1: w's rows, contiguous, are read where they lie.
   static constexpr int kDotRows = 4;
   template <class T>
   static void dot_rows(const Matrix& w, int64_t o0, int64_t o1, int64_t rows, const T* z, int64_t n, float* v,
@@ -61,41 +60,52 @@ struct F32Kernel {
   }
 };
 
-// sum[m] += w · x[m]; what does not fill a vector goes to tail[m].
+// sum[m] += w · x[m]
 template <int M, class W, class X>
-inline void add_dot(const W* w, const X* x, int64_t n, Vec* sum, float* tail) {
+inline void add_dot(const W* w, const X* x, int64_t n, Vec* sum) {
   int64_t i = 0;
   for (; i + Vec::kWidth <= n; i += Vec::kWidth) {
     const Vec row = load(w + i);
     for (int m = 0; m < M; ++m) sum[m] = fma(row, load(x + m * n + i), sum[m]);
   }
-  for (; i < n; ++i)
-    for (int m = 0; m < M; ++m) tail[m] += to_float(w[i]) * to_float(x[m * n + i]);
+  if (i == n) return;
+  const int left = static_cast<int>(n - i);
+  const Vec row = load_n(w + i, left);
+  for (int m = 0; m < M; ++m) sum[m] = fma(row, load_n(x + m * n + i, left), sum[m]);
 }
 
-template <int M, class W, class X>
-inline void dot_rows_of(const Matrix& w, int64_t o0, int64_t o1, const X* z, int64_t n, float* v,
+// The same with a row of a matrix, where it lies or else in `room`.
+template <int M, class X>
+inline void add_dot_row(const Matrix& w, int64_t row, const X* x, int64_t n, float* room, Vec* sum) {
+  const int64_t at = row * w.stride0;
+  if (w.stride1 == 1) {
+    if (w.dtype == DType::f32) return add_dot<M>(static_cast<const float*>(w.data) + at, x, n, sum);
+    if (w.dtype == DType::bf16) return add_dot<M>(static_cast<const Bf16*>(w.data) + at, x, n, sum);
+    return add_dot<M>(static_cast<const F16*>(w.data) + at, x, n, sum);
+  }
+  read_row(w, row, 0, n, room);
+  add_dot<M>(room, x, n, sum);
+}
+
+template <int M, class T>
+inline void dot_rows_of(const Matrix& w, int64_t o0, int64_t o1, const T* z, int64_t n, float* v,
                         int64_t v_stride) {
   for (int64_t o = o0; o < o1; ++o) {
     Vec sum[M];
     for (Vec& s : sum) s = zero();
-    float tail[M] = {};
-    add_dot<M>(static_cast<const W*>(w.data) + o * w.stride0, z, n, sum, tail);
-    for (int m = 0; m < M; ++m) v[m * v_stride + o] = reduce_add(sum[m]) + tail[m];
+    add_dot_row<M>(w, o, z, n, nullptr, sum);
+    for (int m = 0; m < M; ++m) v[m * v_stride + o] = reduce_add(sum[m]);
   }
 }
 
 template <class T>
 inline void F32Kernel::dot_rows(const Matrix& w, int64_t o0, int64_t o1, int64_t rows, const T* z, int64_t n,
                                 float* v, int64_t v_stride) {
-  const auto of = [&](auto dot, auto dot_f32) {
-    return (w.dtype == DType::f32 ? dot_f32 : dot)(w, o0, o1, z, n, v, v_stride);
-  };
-  if (rows == 1) return of(dot_rows_of<1, T, T>, dot_rows_of<1, float, T>);
-  if (rows == 2) return of(dot_rows_of<2, T, T>, dot_rows_of<2, float, T>);
-  if (rows == 3) return of(dot_rows_of<3, T, T>, dot_rows_of<3, float, T>);
+  if (rows == 1) return dot_rows_of<1>(w, o0, o1, z, n, v, v_stride);
+  if (rows == 2) return dot_rows_of<2>(w, o0, o1, z, n, v, v_stride);
+  if (rows == 3) return dot_rows_of<3>(w, o0, o1, z, n, v, v_stride);
   static_assert(kDotRows == 4, "all of them");
-  return of(dot_rows_of<4, T, T>, dot_rows_of<4, float, T>);
+  return dot_rows_of<4>(w, o0, o1, z, n, v, v_stride);
 }
 
 // sum[m] += w · x[m] over the columns from … to of a row of a 4-bit W that starts at flat index `start`, kStep weights of
@@ -149,16 +159,9 @@ inline void dot_f32(const MatmulParams& p, const CodeTable& table, const float* 
     }
   }
   for (int64_t o = 0; o < outputs; ++o) {
-    float tail[M] = {};
-    if (!w.packed) {
-      read_row(p.dense, o0 + o, 0, p.inner, buffer);
-      add_dot<M>(buffer, x, p.inner, sum[o], tail);
-    }
-    if (p.rank) {
-      read_row(p.u, o0 + o, 0, p.rank, buffer);
-      add_dot<M>(buffer, t, p.rank, sum[o], tail);
-    }
-    for (int m = 0; m < M; ++m) y[m][o] = reduce_add(sum[o][m]) + tail[m];
+    if (!w.packed) add_dot_row<M>(p.dense, o0 + o, x, p.inner, buffer, sum[o]);
+    if (p.rank) add_dot_row<M>(p.u, o0 + o, t, p.rank, buffer, sum[o]);
+    for (int m = 0; m < M; ++m) y[m][o] = reduce_add(sum[o][m]);
   }
 }
 
@@ -181,9 +184,11 @@ inline void run_dot_f32(const MatmulParams& p) {
   }
   const CodeTable table = code_registers(code_table(p.weight4.quant_type));
   const int64_t groups = ceil_div(p.rows, F32Kernel::kDotRows);
-  parallel_tasks(threads, ceil_div(p.outputs, kDotTask), [&](int thread, int64_t task) {
-    const int64_t o0 = task * kDotTask, outputs = min_of(kDotTask, p.outputs - o0);
-    if (p.weight4.packed) prefetch_absmax(p.weight4, (o0 + kDotTask) * p.inner, kDotTask * p.inner);
+  const int64_t most = min_of(kDotTask, ceil_div(p.outputs, threads));  // an adapter's rows are few
+  parallel_tasks(threads, ceil_div(p.outputs, most), [&](int thread, int64_t task) {
+    const int64_t o0 = task * most, outputs = min_of(most, p.outputs - o0);
+    if (p.weight4.packed) prefetch_absmax(p.weight4, (o0 + most) * p.inner, most * p.inner);
+    if (p.rank) prefetch_u(p, o0, outputs);
     float y[kDotMost][kDotTask];
     for (int64_t group = 0; group < groups; ++group) {
       const int64_t m = p.rows * group / groups, n = p.rows * (group + 1) / groups - m;
