@@ -109,7 +109,8 @@ inline void F32Kernel::dot_rows(const Matrix& w, int64_t o0, int64_t o1, int64_t
 }
 
 // sum[m] += w · x[m] over the columns from … to of a row of a 4-bit W that starts at flat index `start`, kStep weights of
-// a block at a time; absmax of the first one's block on, x in lookup_split's order.
+// a block at a time; absmax of the first one's block on, x in lookup_split's order. absmax multiplies the sums of a step,
+// where they are more than four the codes.
 template <int M, int kStep>
 inline void add_dot_4bit(const Weight4& w, const CodeTable& table, int64_t start, const float* absmax,
                          const float* x, int64_t n, int64_t from, int64_t to, Vec* sum) {
@@ -120,6 +121,19 @@ inline void add_dot_4bit(const Weight4& w, const CodeTable& table, int64_t start
   const uint8_t* packed = w.packed + ((start + from) >> 1);
   for (int64_t k = from; k < to; k += kStep, packed += kStep / 2) {
     prefetch_bytes(packed, ahead, 1);
+    const float scale = absmax[((start + k) >> w.log2_blocksize) - first];
+    if constexpr (M > 4) {
+      alignas(64) float codes[16];
+      for (int i = 0; i < 16; i += Vec::kWidth)
+        store(codes + i, mul(load(code_table(w.quant_type) + i), set1(scale)));
+      const CodeTable scaled = code_registers(codes);
+#pragma GCC unroll 16
+      for (int i = 0; i < kStep; i += Vec::kWidth) {
+        const Vec values = lookup_split(scaled, packed + i / 2);
+        for (int m = 0; m < M; ++m) sum[m] = fma(values, load(x + m * n + k + i), sum[m]);
+      }
+      continue;
+    }
     Vec part[M];
     for (int m = 0; m < M; ++m) part[m] = zero();
 #pragma GCC unroll 16
@@ -127,14 +141,13 @@ inline void add_dot_4bit(const Weight4& w, const CodeTable& table, int64_t start
       const Vec values = lookup_split(table, packed + i / 2);
       for (int m = 0; m < M; ++m) part[m] = fma(values, load(x + m * n + k + i), part[m]);
     }
-    const Vec scale = set1(absmax[((start + k) >> w.log2_blocksize) - first]);
-    for (int m = 0; m < M; ++m) sum[m] = fma(part[m], scale, sum[m]);
+    for (int m = 0; m < M; ++m) sum[m] = fma(part[m], set1(scale), sum[m]);
   }
 }
 
-// Few rows of x, at most four of them at a time: a row of W is decoded into registers and meets each there. absmax
-// enters as one multiply for every step, on the sum. x [rows, inner] and t [rows, rank] are packed.
-constexpr int64_t kDotMost = 8, kDotTask = 16;
+// Few rows of x, at most eight of them at a time: a row of W is decoded into registers and meets each there.
+// x [rows, inner] and t [rows, rank] are packed.
+constexpr int64_t kDotGroup = 8, kDotMost = Vec::kWidth == 16 ? 24 : 20, kDotTask = 16;
 
 // y[m] = sums of W's rows o0 … with x[m]. `buffer` is for a row of W or u as floats, or for its absmax (nested).
 template <int M>
@@ -183,7 +196,7 @@ inline void run_dot_f32(const MatmulParams& p) {
     if (p.rank) read_row(p.t, m, 0, p.rank, t + m * p.rank);
   }
   const CodeTable table = code_registers(code_table(p.weight4.quant_type));
-  const int64_t groups = ceil_div(p.rows, F32Kernel::kDotRows);
+  const int64_t groups = ceil_div(p.rows, kDotGroup);
   const int64_t most = min_of(kDotTask, ceil_div(p.outputs, threads));  // an adapter's rows are few
   parallel_tasks(threads, ceil_div(p.outputs, most), [&](int thread, int64_t task) {
     const int64_t o0 = task * most, outputs = min_of(most, p.outputs - o0);
@@ -192,8 +205,9 @@ inline void run_dot_f32(const MatmulParams& p) {
     float y[kDotMost][kDotTask];
     for (int64_t group = 0; group < groups; ++group) {
       const int64_t m = p.rows * group / groups, n = p.rows * (group + 1) / groups - m;
-      const auto dot = n == 1 ? dot_f32<1> : n == 2 ? dot_f32<2> : n == 3 ? dot_f32<3> : dot_f32<4>;
-      dot(p, table, x + m * p.inner, t + m * p.rank, buffers + thread * room, o0, outputs, y + m);
+      static constexpr decltype(&dot_f32<1>) kDot[kDotGroup] = {
+          dot_f32<1>, dot_f32<2>, dot_f32<3>, dot_f32<4>, dot_f32<5>, dot_f32<6>, dot_f32<7>, dot_f32<8>};
+      kDot[n - 1](p, table, x + m * p.inner, t + m * p.rank, buffers + thread * room, o0, outputs, y + m);
     }
     Epilogue epilogue(p);
     Epilogue::Columns<kDotTask> columns;
