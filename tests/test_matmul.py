@@ -22,7 +22,17 @@ from peftkern.backends.cpu import _cpu, use_isa
 SIZES = [(25, 70, 64), (97, 130, 384), (150, 7, 330), (400, 72, 64), (60, 1664, 384), (49, 1700, 330)]
 SIZES += [(1, 1030, 384), (2, 70, 64), (4, 130, 330), (9, 16, 384), (24, 7, 330)]
 # In fp32 one group of rows or several, each with a part of x at a time; a W whose rows end in half a block.
-SIZES += [(8, 20, 2112), (7, 20, 2784), (19, 20, 2112)]
+SIZES += [
+    (8, 20, 2112),
+    (7, 20, 2784),
+    (19, 20, 2112),
+    (24, 20, 2112),
+    (20, 20, 2112),
+    (3, 20, 2784),
+    (9, 20, 2784),
+]
+# Transposed, amx takes 512 outputs at a time, in three chunks, with nine tiles of x.
+SIZES += [(140, 1024, 640)]
 # Contractions that amx takes in parts, of W's rows or of x's, with an addend of two groups.
 SIZES += [(50, 40, 4224), (33, 33, 11264)]
 LAYOUTS = ["rows", "apart", "odd", "columns"]

