@@ -101,7 +101,7 @@ def test_layouts(size: tuple[int, int, int], transposed: bool, layout: str, at: 
         found = []
         for threads in (1, 2):
             out = guarded(torch.full((size[0], size[1]), torch.nan, dtype=dtype), at)
-            args = (laid_out(t, layout, at), guarded(u, at)) if addend else (None, None)
+            args = (laid_out(t, layout, at), laid_out(u, layout, at)) if addend else (None, None)
             _cpu.matmul(
                 out,
                 laid_out(x, layout, at),

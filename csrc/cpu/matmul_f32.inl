@@ -109,9 +109,9 @@ inline void F32Kernel::dot_rows(const Matrix& w, int64_t o0, int64_t o1, int64_t
 }
 
 // sum[m] += w · x[m] over the columns from … to of a row of a 4-bit W that starts at flat index `start`, kStep weights of
-// a block at a time; absmax of the first one's block on, x in lookup_split's order. absmax multiplies the sums of a step,
-// where they are more than four the codes.
-template <int M, int kStep>
+// a block at a time; absmax of the first one's block on, x in lookup_split's order. absmax multiplies the codes or else
+// the sums of a step.
+template <int M, bool kCodes, int kStep>
 inline void add_dot_4bit(const Weight4& w, const CodeTable& table, int64_t start, const float* absmax,
                          const float* x, int64_t n, int64_t from, int64_t to, Vec* sum) {
   // Whole rows further on, because the hardware stops at each page of 4 KB.
@@ -122,7 +122,7 @@ inline void add_dot_4bit(const Weight4& w, const CodeTable& table, int64_t start
   for (int64_t k = from; k < to; k += kStep, packed += kStep / 2) {
     prefetch_bytes(packed, ahead, 1);
     const float scale = absmax[((start + k) >> w.log2_blocksize) - first];
-    if constexpr (M > 4) {
+    if constexpr (kCodes) {
       alignas(64) float codes[16];
       for (int i = 0; i < 16; i += Vec::kWidth)
         store(codes + i, mul(load(code_table(w.quant_type) + i), set1(scale)));
@@ -132,25 +132,27 @@ inline void add_dot_4bit(const Weight4& w, const CodeTable& table, int64_t start
         const Vec values = lookup_split(scaled, packed + i / 2);
         for (int m = 0; m < M; ++m) sum[m] = fma(values, load(x + m * n + k + i), sum[m]);
       }
-      continue;
-    }
-    Vec part[M];
-    for (int m = 0; m < M; ++m) part[m] = zero();
+    } else {
+      Vec part[M];
+      for (int m = 0; m < M; ++m) part[m] = zero();
 #pragma GCC unroll 16
-    for (int i = 0; i < kStep; i += Vec::kWidth) {
-      const Vec values = lookup_split(table, packed + i / 2);
-      for (int m = 0; m < M; ++m) part[m] = fma(values, load(x + m * n + k + i), part[m]);
+      for (int i = 0; i < kStep; i += Vec::kWidth) {
+        const Vec values = lookup_split(table, packed + i / 2);
+        for (int m = 0; m < M; ++m) part[m] = fma(values, load(x + m * n + k + i), part[m]);
+      }
+      for (int m = 0; m < M; ++m) sum[m] = fma(part[m], set1(scale), sum[m]);
     }
-    for (int m = 0; m < M; ++m) sum[m] = fma(part[m], set1(scale), sum[m]);
   }
 }
 
 // Few rows of x, at most eight of them at a time: a row of W is decoded into registers and meets each there.
-// x [rows, inner] and t [rows, rank] are packed.
+// x [rows, inner] and t [rows, rank] are packed. Five rows and more pass in groups of at least four, for which a
+// multiplication of the codes is less than one of each sum.
 constexpr int64_t kDotGroup = 8, kDotMost = Vec::kWidth == 16 ? 24 : 20, kDotTask = 16;
+constexpr int64_t kDotSums = 4;  // rows for which absmax multiplies the sums
 
 // y[m] = sums of W's rows o0 … with x[m]. `buffer` is for a row of W or u that is not contiguous, or for absmax (nested).
-template <int M>
+template <int M, bool kCodes>
 inline void dot_f32(const MatmulParams& p, const CodeTable& table, const float* x, const float* t,
                     float* buffer, int64_t o0, int64_t outputs, float (*y)[kDotTask]) {
   constexpr int64_t kColumns = (32 << 10) / (4 * M) / 64 * 64;  // of x, that stay in L1
@@ -167,8 +169,8 @@ inline void dot_f32(const MatmulParams& p, const CodeTable& table, const float* 
       const int64_t start = (o0 + o) * p.inner, first = (start + from) >> w.log2_blocksize;
       const int64_t last = (start + to - 1) >> w.log2_blocksize;
       const float* absmax = absmax_range(w.absmax, first, last - first + 1, buffer);
-      short_step ? add_dot_4bit<M, 32>(w, table, start, absmax, x, p.inner, from, to, sum[o])
-                 : add_dot_4bit<M, 64>(w, table, start, absmax, x, p.inner, from, to, sum[o]);
+      short_step ? add_dot_4bit<M, kCodes, 32>(w, table, start, absmax, x, p.inner, from, to, sum[o])
+                 : add_dot_4bit<M, kCodes, 64>(w, table, start, absmax, x, p.inner, from, to, sum[o]);
     }
   }
   for (int64_t o = 0; o < outputs; ++o) {
@@ -196,8 +198,8 @@ inline void run_dot_f32(const MatmulParams& p) {
     if (p.rank) read_row(p.t, m, 0, p.rank, t + m * p.rank);
   }
   const CodeTable table = code_registers(code_table(p.weight4.quant_type));
-  const int64_t groups = p.rows == 9 ? 3 : ceil_div(p.rows, kDotGroup);  // 4 + 5 would round in two ways
-  const int64_t most = min_of(kDotTask, ceil_div(p.outputs, threads));   // an adapter's rows are few
+  const int64_t groups = ceil_div(p.rows, kDotGroup);
+  const int64_t most = min_of(kDotTask, ceil_div(p.outputs, threads));  // an adapter's rows are few
   parallel_tasks(threads, ceil_div(p.outputs, most), [&](int thread, int64_t task) {
     const int64_t o0 = task * most, outputs = min_of(most, p.outputs - o0);
     if (p.weight4.packed) prefetch_absmax(p.weight4, (o0 + most) * p.inner, most * p.inner);
@@ -205,9 +207,13 @@ inline void run_dot_f32(const MatmulParams& p) {
     float y[kDotMost][kDotTask];
     for (int64_t group = 0; group < groups; ++group) {
       const int64_t m = p.rows * group / groups, n = p.rows * (group + 1) / groups - m;
-      static constexpr decltype(&dot_f32<1>) kDot[kDotGroup] = {
-          dot_f32<1>, dot_f32<2>, dot_f32<3>, dot_f32<4>, dot_f32<5>, dot_f32<6>, dot_f32<7>, dot_f32<8>};
-      kDot[n - 1](p, table, x + m * p.inner, t + m * p.rank, buffers + thread * room, o0, outputs, y + m);
+      // All rows of a call round alike.
+      static constexpr decltype(&dot_f32<1, false>) kSums[kDotSums] = {dot_f32<1, false>, dot_f32<2, false>,
+                                                                       dot_f32<3, false>, dot_f32<4, false>};
+      static constexpr decltype(&dot_f32<1, false>) kCodes[] = {
+          dot_f32<4, true>, dot_f32<5, true>, dot_f32<6, true>, dot_f32<7, true>, dot_f32<8, true>};
+      const auto dot = p.rows <= kDotSums ? kSums[n - 1] : kCodes[n - 4];
+      dot(p, table, x + m * p.inner, t + m * p.rank, buffers + thread * room, o0, outputs, y + m);
     }
     Epilogue epilogue(p);
     Epilogue::Columns<kDotTask> columns;

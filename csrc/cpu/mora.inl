@@ -87,7 +87,6 @@ class Mora {
   }
 
  private:
-  static constexpr bool kDots = std::is_same_v<Elem, float> || std::is_same_v<T, Elem>;
   static constexpr int64_t kDotOutputs = 32;  // of a task
   static constexpr int64_t kGroupBytes = 384 << 10;
   static constexpr int64_t kGroupRows = 48;
@@ -101,23 +100,21 @@ class Mora {
   bool by_dots() const {
     const int64_t middle = p.compress.rows * blocks;
     const bool own = p.matrix.dtype == p.compress.x.dtype || p.matrix.dtype == DType::f32;
-    return kDots && middle && middle <= K::kDotRows && p.matrix.stride1 == 1 && own;
+    return middle && middle <= K::kDotRows && p.matrix.stride1 == 1 && own;
   }
 
   void run_few(int threads, int64_t z_bytes) const {
-    if constexpr (kDots) {
-      const int64_t rows = p.compress.rows, columns = p.compress.columns;
-      char* memory =
-          static_cast<char*>(scratch(static_cast<size_t>((z_bytes + line_bytes<float>(columns)) * rows)));
-      T* z = z_at(0, memory);
-      float* v = reinterpret_cast<float*>(memory + z_bytes * rows);
-      for (int64_t m = 0; m < rows; ++m) compress.row(m, z + m * columns);
-      parallel_tasks(threads, ceil_div(p.size, kDotOutputs), [&](int, int64_t task) {
-        const int64_t o0 = task * kDotOutputs, o1 = min_of(o0 + kDotOutputs, p.size);
-        K::dot_rows(p.matrix, o0, o1, rows * blocks, z, p.size, v, p.size);
-      });
-      finish(0, rows, v);
-    }
+    const int64_t rows = p.compress.rows, columns = p.compress.columns;
+    char* memory =
+        static_cast<char*>(scratch(static_cast<size_t>((z_bytes + line_bytes<float>(columns)) * rows)));
+    T* z = z_at(0, memory);
+    float* v = reinterpret_cast<float*>(memory + z_bytes * rows);
+    for (int64_t m = 0; m < rows; ++m) compress.row(m, z + m * columns);
+    parallel_tasks(threads, ceil_div(p.size, kDotOutputs), [&](int, int64_t task) {
+      const int64_t o0 = task * kDotOutputs, o1 = min_of(o0 + kDotOutputs, p.size);
+      K::dot_rows(p.matrix, o0, o1, rows * blocks, z, p.size, v, p.size);
+    });
+    finish(0, rows, v);
   }
 
   int64_t strip_columns(int64_t strip) const { return min_of(kStrip, p.size - strip * kStrip); }
