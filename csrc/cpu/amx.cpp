@@ -18,8 +18,9 @@
 //   rows <= 32, 48   64 and 96 of tiles, 82 of decoding
 //   more             96 of tiles for 48 rows; of decoding, into L2, 180 shared by all of them; 80 lines from L2, 100
 //
-// The adapters' thin products read their long side where it lies. One row, and up to three of other weights: dot
-// products. Everything else (dense weights, blocks that straddle rows) takes the common driver of matmul.inl.
+// The adapters' thin products read their long side where it lies. One row of x takes avx512's dot products in fp32: a
+// VDPBF16PS keeps the ports as busy as four multiply-adds on these CPUs. Two and three rows of other weights: dot products
+// here. Everything else (dense weights, blocks that straddle rows) takes the common driver of matmul.inl.
 #define PEFTKERN_ISA amx
 #define PEFTKERN_VEC_BF16
 #include "cpu/vec_avx512.h"
@@ -28,6 +29,10 @@
 #include "cpu/mora.inl"
 #include "cpu/probe.inl"
 #include "cpu/tile.h"
+
+namespace peftkern::avx512 {
+void matmul_bf16(const MatmulParams& p);
+}
 
 namespace peftkern::PEFTKERN_ISA {
 namespace {
@@ -1205,12 +1210,12 @@ void probe_bf16(const ProbeParams& p) { probe<AmxProducts>(p); }
 void matmul_bf16(const MatmulParams& p) {
   if (p.rows == 0 || p.outputs == 0) return;
   if (epilogue_alone(p)) return run_epilogue(p);
-  const bool in_groups = p.weight4.packed && p.inner > 0 && Bf16Panels::in_groups(p);
-  if (dot_applies(p, in_groups ? 1 : 3)) return run_dot_bf16(p);  // VDPBF16PS takes two cycles on these CPUs
-  if (in_groups) {
+  if (p.rows == 1 && p.weight4.packed && !p.transposed) return avx512::matmul_bf16(p);
+  if (p.weight4.packed && p.inner > 0 && Bf16Panels::in_groups(p)) {
     if (p.transposed) return TransposedPipeline(p).run();
     return Pipeline(p).run();
   }
+  if (dot_applies(p, 3)) return run_dot_bf16(p);
   if (few_outputs(p)) return run_few_outputs(p);
   if (few_rows(p)) return run_few_rows(p);
   Matmul<AmxKernel>(p).run();

@@ -11,11 +11,11 @@ namespace peftkern::PEFTKERN_ISA {
 namespace {
 
 template <class T>
-inline T min_of(T a, T b) {
+constexpr T min_of(T a, T b) {
   return b < a ? b : a;
 }
 template <class T>
-inline T max_of(T a, T b) {
+constexpr T max_of(T a, T b) {
   return a < b ? b : a;
 }
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -63,6 +63,11 @@ inline void prefetch_bytes(const void* base, int64_t offset, int64_t bytes) {
   const uintptr_t at = reinterpret_cast<uintptr_t>(base) + static_cast<uintptr_t>(offset);
   for (int64_t i = 0; i < bytes; i += 64)
     __builtin_prefetch(reinterpret_cast<const void*>(at + static_cast<uintptr_t>(i)), 0, 2);
+}
+
+inline void prefetch_l1(const void* base, int64_t offset) {
+  const uintptr_t at = reinterpret_cast<uintptr_t>(base) + static_cast<uintptr_t>(offset);
+  __builtin_prefetch(reinterpret_cast<const void*>(at), 0, 3);
 }
 
 // The absmax of n weights from flat index start on, wherever that is: a prefetch past the end is no access.

@@ -13,6 +13,7 @@
 // subnormals, which these levels take as zeros.
 #pragma once
 
+#include "cpu/dots.inl"
 #include "cpu/matmul.inl"
 
 namespace peftkern::PEFTKERN_ISA {
@@ -212,12 +213,6 @@ inline __m512 dot(__m512 sum, __m512i a, const Bf16* b) {
                           reinterpret_cast<__m512bh>(_mm512_loadu_si512(b)));
 }
 
-// One row of W: its bytes and one absmax per unit (64 weights, or 32 when that is the blocksize).
-struct DotRow {
-  const uint8_t* bytes;
-  const float* absmax;
-};
-
 // `ahead`: which bytes to prefetch, to L1 where rows of W take turns, else to L2, far ahead. A function of its
 // own: what it would be inlined into takes registers from its loop, 10 % of M = 4.
 template <int M, int R>
@@ -363,33 +358,6 @@ struct DotBuffers {
   int64_t total() const { return sums + absmax + row; }
 };
 
-// The task's rows of W, absmax decoded and expanded to units unless it is stored just so.
-inline void dot_weights(const MatmulParams& p, int64_t o0, int64_t rows, float* buffer, DotRow* w) {
-  const Weight4& weight = p.weight4;
-  const int log2_unit = weight.log2_blocksize == 5 ? 5 : 6;
-  const int64_t units = p.inner >> log2_unit;
-  for (int64_t r = 0; r < rows; ++r) {
-    const int64_t flat = (o0 + r) * p.inner;
-    const int64_t first = flat >> weight.log2_blocksize;
-    w[r].bytes = weight.packed + (flat >> 1);
-    if (weight.absmax.values && weight.log2_blocksize == log2_unit) {
-      w[r].absmax = weight.absmax.values + first;
-      continue;
-    }
-    const int64_t blocks = ((flat + p.inner - 1) >> weight.log2_blocksize) - first + 1;
-    const float* a = absmax_range(weight.absmax, first, blocks, buffer);
-    if (weight.log2_blocksize == log2_unit) {
-      w[r].absmax = a;
-    } else {
-      float* expanded = buffer + blocks;
-      for (int64_t u = 0; u < units; ++u)
-        expanded[u] = a[((flat + (u << log2_unit)) >> weight.log2_blocksize) - first];
-      w[r].absmax = expanded;
-    }
-    buffer += blocks + units;
-  }
-}
-
 // What one task works on: outputs o0 … o0 + rows, decoded from w if W is 4-bit.
 struct DotTask {
   const DotRow* w;
@@ -509,9 +477,10 @@ inline void run_dot_bf16(const MatmulParams& p) {
   const int64_t x_stride = four_bit ? round_up(p.inner, 128) : in_place ? p.x.stride0 : p.inner;
   const int64_t room = in_place ? 0 : x_stride;
   const int64_t x_bytes = round_up((room + p.rank) * p.rows * 2, 64);
+  const int log2_unit = p.weight4.log2_blocksize == 5 ? 5 : 6;
   DotBuffers buffers;
   buffers.sums = kDotTask * kDotGroup * 64;
-  buffers.absmax = four_bit ? round_up(kDotTask * (p.inner / 16 + 2) * 4, 64) : 0;
+  buffers.absmax = four_bit ? round_up(kDotTask * dot_absmax_room(p, log2_unit) * 4, 64) : 0;
   buffers.row = round_up(max_of(p.inner, p.rank) * 2, 64);
   char* memory = static_cast<char*>(scratch(static_cast<size_t>(x_bytes + buffers.total() * threads)));
   buffers.memory = memory + x_bytes;
@@ -555,7 +524,7 @@ inline void run_dot_bf16(const MatmulParams& p) {
     if (p.rank) prefetch_u(p, o0, task.rows);
     if (four_bit) {
       prefetch_absmax(p.weight4, (o0 + kDotTask) * p.inner, kDotTask * p.inner);
-      dot_weights(p, o0, task.rows, reinterpret_cast<float*>(mine + buffers.sums), w);
+      dot_weights(p, log2_unit, o0, task.rows, reinterpret_cast<float*>(mine + buffers.sums), w);
     }
     for (int64_t g = groups * split / splits; g < groups * (split + 1) / splits; ++g) {
       const int64_t m0 = dot_group_begin(p.rows, g), rows = dot_group_begin(p.rows, g + 1) - m0;

@@ -2,6 +2,7 @@
 // level. W's values are code * absmax in fp32, not rounded further.
 #pragma once
 
+#include "cpu/dots.inl"
 #include "cpu/matmul.inl"
 
 namespace peftkern::PEFTKERN_ISA {
@@ -108,118 +109,192 @@ inline void F32Kernel::dot_rows(const Matrix& w, int64_t o0, int64_t o1, int64_t
   return dot_rows_of<4>(w, o0, o1, z, n, v, v_stride);
 }
 
-// sum[m] += w · x[m] over the columns from … to of a row of a 4-bit W that starts at flat index `start`, kStep weights of
-// a block at a time; absmax of the first one's block on, x in lookup_split's order. absmax multiplies the codes or else
-// the sums of a step.
-template <int M, bool kCodes, int kStep>
-inline void add_dot_4bit(const Weight4& w, const CodeTable& table, int64_t start, const float* absmax,
-                         const float* x, int64_t n, int64_t from, int64_t to, Vec* sum) {
+// Few rows of x, at most eight of them at a time: a row of W is decoded into registers and meets each there, 8 kWidth
+// weights (a chunk) at once. absmax multiplies the sums of a chunk; in a unit of weights it is the same.
+//
+//   per 128 weights (AVX-512)  7 shifts, 8 VPERMPS, 1 to spread absmax, and for a row of x 8 multiply-adds and one more
+//   floor                      (16 + 9 M) / 2 cycles; memory: 72 bytes
+//   range                      absmax comes last, so a sum of codes · x must itself be finite: |x| up to about 1e37
+//
+// x of a 4-bit W is packed [chunk][M][8][kWidth], each chunk as x[j][i] = x[8 i + j], zero beyond its end. Half a chunk
+// at the end, where units are that long, is four vectors, with x[8 i + j] and x[8 i + j + 4] in their halves. x of a dense W
+// is [M][inner], t [rows][rank]. x passes in parts that stay in the L1 cache while kDotTask rows of W do.
+constexpr int64_t kDotGroup = 8, kDotMost = Vec::kWidth == 16 ? 24 : 20, kDotTask = 64;
+constexpr int64_t kDotChunk = 8 * Vec::kWidth;
+constexpr int64_t kDotAheadBytes = 4 << 10;
+
+// part[m] = sums of the first `end` of a chunk's vectors with x[m]
+template <int M, int end, int j = 0>
+inline __attribute__((always_inline)) void add_lookups(const CodeTable& table, const Words& words,
+                                                       const float* x, Vec* part) {
+  if constexpr (j < end) {
+    const Vec values = lookup<j>(table, words);
+    for (int m = 0; m < M; ++m) {
+      const Vec other = load(x + m * kDotChunk + j * Vec::kWidth);
+      part[m] = j ? fma(values, other, part[m]) : mul(values, other);
+    }
+    add_lookups<M, end, j + 1>(table, words, x, part);
+  }
+}
+
+// sums[m] += w · x[m] over the columns from … to; kUnits in a chunk. The bytes `ahead` are fetched into L2, those `near`
+// into L1.
+template <int M, int kUnits>
+__attribute__((noinline)) void dot_row_4bit(const CodeTable& table, const DotRow& w, const float* x,
+                                            int64_t from, int64_t to, int64_t ahead, int64_t near,
+                                            Vec* sums) {
+  Vec sum[M], part[M];
+  for (int m = 0; m < M; ++m) sum[m] = from ? sums[m] : zero();
+  const auto add = [&](Vec scale) {
+    for (int m = 0; m < M; ++m) sum[m] = fma(part[m], scale, sum[m]);
+  };
+  const float* absmax = w.absmax + from / kDotChunk * kUnits;
+  int64_t k = from;
+  for (; k + kDotChunk <= to; k += kDotChunk, absmax += kUnits) {
+    const uint8_t* bytes = w.bytes + (k >> 1);
+    prefetch_bytes(bytes, ahead, 1);
+    prefetch_l1(bytes, near);
+    add_lookups<M, 8>(table, load_words(bytes), x + k * M, part);
+    add(spread<kUnits>(absmax));
+  }
+  if constexpr (kUnits == 2) {
+    if (k < to) {  // half a chunk, one unit
+      add_lookups<M, 4>(table, half_words(w.bytes + (k >> 1)), x + k * M, part);
+      add(set1(absmax[0]));
+    }
+  }
+  if constexpr (kUnits == 4) {
+    if (k < to) {  // one to three units; the missing ones meet zeros of x
+      const int left = static_cast<int>(to - k);
+      float scales[kUnits] = {};
+      for (int u = 0; u < left / 32; ++u) scales[u] = absmax[u];
+      add_lookups<M, 8>(table, load_words(w.bytes + (k >> 1), left / 8), x + k * M, part);
+      add(spread<kUnits>(scales));
+    }
+  }
+  for (int m = 0; m < M; ++m) sums[m] = sum[m];
+}
+
+// What one task works on: outputs o0 … o0 + rows.
+struct DotTask {
+  const DotRow* w;
+  int64_t o0, rows;
+  float* room;  // for a row of dense W or u
+};
+
+// y[m] = sums of the task's rows of W with x[m]
+template <int M, int kUnits>
+inline void dot_f32(const MatmulParams& p, const CodeTable& table, const DotTask& task, const float* x,
+                    const float* t, float (*y)[kDotTask]) {
+  constexpr int64_t kColumns = (32 << 10) / (4 * M) / kDotChunk * kDotChunk;  // of x, that stay in L1
+  const int64_t columns =
+      round_up(ceil_div(p.inner, max_of<int64_t>(1, ceil_div(p.inner, kColumns))), kDotChunk);
+  const int64_t parts = columns ? ceil_div(p.inner, columns) : 1;
   // Whole rows further on, because the hardware stops at each page of 4 KB.
-  constexpr int64_t kAheadBytes = 16 << 10;
-  const int64_t ahead = max_of<int64_t>(1, 2 * kAheadBytes / (to - from)) * n / 2;
-  const int64_t first = (start + from) >> w.log2_blocksize;
-  const uint8_t* packed = w.packed + ((start + from) >> 1);
-  for (int64_t k = from; k < to; k += kStep, packed += kStep / 2) {
-    prefetch_bytes(packed, ahead, 1);
-    const float scale = absmax[((start + k) >> w.log2_blocksize) - first];
-    if constexpr (kCodes) {
-      alignas(64) float codes[16];
-      for (int i = 0; i < 16; i += Vec::kWidth)
-        store(codes + i, mul(load(code_table(w.quant_type) + i), set1(scale)));
-      const CodeTable scaled = code_registers(codes);
-#pragma GCC unroll 16
-      for (int i = 0; i < kStep; i += Vec::kWidth) {
-        const Vec values = lookup_split(scaled, packed + i / 2);
-        for (int m = 0; m < M; ++m) sum[m] = fma(values, load(x + m * n + k + i), sum[m]);
-      }
-    } else {
-      Vec part[M];
-      for (int m = 0; m < M; ++m) part[m] = zero();
-#pragma GCC unroll 16
-      for (int i = 0; i < kStep; i += Vec::kWidth) {
-        const Vec values = lookup_split(table, packed + i / 2);
-        for (int m = 0; m < M; ++m) part[m] = fma(values, load(x + m * n + k + i), part[m]);
-      }
-      for (int m = 0; m < M; ++m) sum[m] = fma(part[m], set1(scale), sum[m]);
-    }
+  const int64_t ahead = max_of<int64_t>(1, 2 * kDotAheadBytes / max_of<int64_t>(1, columns)) * p.inner / 2;
+  const int64_t near = parts == 1 ? 512 : p.inner / 2;
+  Vec sums[kDotTask][M];
+  for (int64_t part = 0; task.w && part < parts; ++part) {
+    const int64_t from = part * columns, to = min_of(from + columns, p.inner);
+    for (int64_t o = 0; o < task.rows; ++o)
+      dot_row_4bit<M, kUnits>(table, task.w[o], x, from, to, ahead, near, sums[o]);
   }
+  for (int64_t o = 0; o < task.rows; ++o) {
+    if (!task.w) {
+      for (int m = 0; m < M; ++m) sums[o][m] = zero();
+      add_dot_row<M>(p.dense, task.o0 + o, x, p.inner, task.room, sums[o]);
+    }
+    if (p.rank) add_dot_row<M>(p.u, task.o0 + o, t, p.rank, task.room, sums[o]);
+  }
+  for (int64_t o = 0; o < task.rows; o += Vec::kWidth)
+    for (int m = 0; m < M; ++m) {
+      Vec each[Vec::kWidth];
+      for (int e = 0; e < Vec::kWidth; ++e) each[e] = o + e < task.rows ? sums[o + e][m] : zero();
+      store(y[m] + o, reduce_each(each));
+    }
 }
 
-// Few rows of x, at most eight of them at a time: a row of W is decoded into registers and meets each there.
-// x [rows, inner] and t [rows, rank] are packed. Five rows and more pass in groups of at least four, for which a
-// multiplication of the codes is less than one of each sum.
-constexpr int64_t kDotGroup = 8, kDotMost = Vec::kWidth == 16 ? 24 : 20, kDotTask = 16;
-constexpr int64_t kDotSums = 4;  // rows for which absmax multiplies the sums
-
-// y[m] = sums of W's rows o0 … with x[m]. `buffer` is for a row of W or u that is not contiguous, or for absmax (nested).
-template <int M, bool kCodes>
-inline void dot_f32(const MatmulParams& p, const CodeTable& table, const float* x, const float* t,
-                    float* buffer, int64_t o0, int64_t outputs, float (*y)[kDotTask]) {
-  constexpr int64_t kColumns = (32 << 10) / (4 * M) / 64 * 64;  // of x, that stay in L1
-  const int64_t parts = max_of<int64_t>(1, ceil_div(p.inner, kColumns));
-  const int64_t columns = round_up(ceil_div(p.inner, parts), 64);
-  const Weight4& w = p.weight4;
-  const bool short_step = w.log2_blocksize == 5 || p.inner % 64;
-  Vec sum[kDotTask][M];
-  for (auto& row : sum)
-    for (Vec& v : row) v = zero();
-  for (int64_t from = 0; w.packed && from < p.inner; from += columns) {
-    const int64_t to = min_of(from + columns, p.inner);
-    for (int64_t o = 0; o < outputs; ++o) {
-      const int64_t start = (o0 + o) * p.inner, first = (start + from) >> w.log2_blocksize;
-      const int64_t last = (start + to - 1) >> w.log2_blocksize;
-      const float* absmax = absmax_range(w.absmax, first, last - first + 1, buffer);
-      short_step ? add_dot_4bit<M, kCodes, 32>(w, table, start, absmax, x, p.inner, from, to, sum[o])
-                 : add_dot_4bit<M, kCodes, 64>(w, table, start, absmax, x, p.inner, from, to, sum[o]);
-    }
+// A row of x as it meets W's: its chunks, out_stride from one to the next. `room` has kWidth values more than they.
+template <int kUnits>
+inline void split_row(const Matrix& x, int64_t m, int64_t n, float* room, float* out, int64_t out_stride) {
+  constexpr int64_t kWidth = Vec::kWidth;
+  alignas(64) float turned[max_of(kDotChunk, kWidth * kWidth)];
+  const int64_t whole = kUnits == 2 ? n / kDotChunk * kDotChunk : round_up(n, kDotChunk);
+  read_row(x, m, 0, n, room);
+  std::memset(room + n, 0, static_cast<size_t>(round_up(n, kDotChunk) + kWidth - n) * sizeof(float));
+  int64_t k = 0;
+  for (; k < whole; k += kDotChunk, out += out_stride) {
+    for (int64_t j = 0; j < 8; j += kWidth) transpose(room + k + j, 8, turned + j * kWidth, kWidth);
+    std::memcpy(out, turned, kDotChunk * sizeof(float));
   }
-  for (int64_t o = 0; o < outputs; ++o) {
-    if (!w.packed) add_dot_row<M>(p.dense, o0 + o, x, p.inner, buffer, sum[o]);
-    if (p.rank) add_dot_row<M>(p.u, o0 + o, t, p.rank, buffer, sum[o]);
-    for (int m = 0; m < M; ++m) y[m][o] = reduce_add(sum[o][m]);
-  }
+  for (int64_t i = 0; k < n; ++i, k += 8)
+    for (int64_t j = 0; j < 8; ++j) out[j % 4 * kWidth + j / 4 * kWidth / 2 + i] = room[k + j];
 }
 
-inline void run_dot_f32(const MatmulParams& p) {
+template <int kUnits>
+inline void run_dot_f32(const MatmulParams& p, int log2_unit) {
   const double work =
       static_cast<double>(p.rows) * static_cast<double>(p.outputs) * static_cast<double>(p.inner);
   const int threads = work < F32Kernel::kSerialWork ? 1 : p.threads;
-  const int64_t blocks = (p.inner >> p.weight4.log2_blocksize) + 2;  // that a row of W has a part in
-  const int64_t room = max_of(max_of(p.inner, p.rank), blocks);
-  float* x =
-      static_cast<float*>(scratch(static_cast<size_t>((p.inner + p.rank) * p.rows + room * threads) * 4));
-  float* t = x + p.rows * p.inner;
-  float* buffers = t + p.rows * p.rank;
-  for (int64_t m = 0; m < p.rows; ++m) {
-    float* values = x + m * p.inner;
-    read_row(p.x, m, 0, p.inner, values);
-    for (int64_t i = 0; p.weight4.packed && i < p.inner; i += Vec::kWidth)
-      store(values + i, permute(load(values + i), kSplit));
-    if (p.rank) read_row(p.t, m, 0, p.rank, t + m * p.rank);
+  const bool four_bit = p.weight4.packed != nullptr;
+  const int64_t x_stride = four_bit ? round_up(p.inner, kDotChunk) : p.inner;
+  const int64_t room = max_of(x_stride + Vec::kWidth, p.rank),
+                absmax_room = four_bit ? kDotTask * dot_absmax_room(p, log2_unit) : 0;
+  float* x = static_cast<float*>(
+      scratch(static_cast<size_t>((x_stride + p.rank) * p.rows + (room + absmax_room) * threads) * 4));
+  float* t = x + p.rows * x_stride;
+  float* own = t + p.rows * p.rank;
+  const int64_t groups = ceil_div(p.rows, kDotGroup);
+  for (int64_t g = 0; g < groups; ++g) {
+    const int64_t m0 = p.rows * g / groups, rows = p.rows * (g + 1) / groups - m0;
+    for (int64_t m = 0; m < rows; ++m) {
+      if (!four_bit) read_row(p.x, m0 + m, 0, p.inner, x + (m0 + m) * x_stride);
+      if (four_bit)
+        split_row<kUnits>(p.x, m0 + m, p.inner, own, x + m0 * x_stride + m * kDotChunk, rows * kDotChunk);
+      if (p.rank) read_row(p.t, m0 + m, 0, p.rank, t + (m0 + m) * p.rank);
+    }
   }
   const CodeTable table = code_registers(code_table(p.weight4.quant_type));
-  const int64_t groups = ceil_div(p.rows, kDotGroup);
-  const int64_t most = min_of(kDotTask, ceil_div(p.outputs, threads));  // an adapter's rows are few
-  parallel_tasks(threads, ceil_div(p.outputs, most), [&](int thread, int64_t task) {
-    const int64_t o0 = task * most, outputs = min_of(most, p.outputs - o0);
-    if (p.weight4.packed) prefetch_absmax(p.weight4, (o0 + most) * p.inner, most * p.inner);
+  const int64_t most = min_of(kDotTask, round_up(ceil_div(p.outputs, 8 * threads), Vec::kWidth));
+  parallel_tasks(threads, ceil_div(p.outputs, most), [&](int thread, int64_t index) {
+    float* mine = own + thread * (room + absmax_room);
+    DotRow w[kDotTask];
+    const int64_t o0 = index * most, outputs = min_of(most, p.outputs - o0);
     if (p.rank) prefetch_u(p, o0, outputs);
-    float y[kDotMost][kDotTask];
-    for (int64_t group = 0; group < groups; ++group) {
-      const int64_t m = p.rows * group / groups, n = p.rows * (group + 1) / groups - m;
-      // All rows of a call round alike.
-      static constexpr decltype(&dot_f32<1, false>) kSums[kDotSums] = {dot_f32<1, false>, dot_f32<2, false>,
-                                                                       dot_f32<3, false>, dot_f32<4, false>};
-      static constexpr decltype(&dot_f32<1, false>) kCodes[] = {
-          dot_f32<4, true>, dot_f32<5, true>, dot_f32<6, true>, dot_f32<7, true>, dot_f32<8, true>};
-      const auto dot = p.rows <= kDotSums ? kSums[n - 1] : kCodes[n - 4];
-      dot(p, table, x + m * p.inner, t + m * p.rank, buffers + thread * room, o0, outputs, y + m);
+    if (four_bit) {
+      prefetch_absmax(p.weight4, (o0 + most) * p.inner, most * p.inner);
+      dot_weights(p, log2_unit, o0, outputs, mine + room, w);
+    }
+    const DotTask task = {four_bit ? w : nullptr, o0, outputs, mine};
+    alignas(64) float y[kDotMost][kDotTask];
+    for (int64_t g = 0; g < groups; ++g) {
+      static constexpr decltype(&dot_f32<1, kUnits>) kDot[kDotGroup] = {
+          dot_f32<1, kUnits>, dot_f32<2, kUnits>, dot_f32<3, kUnits>, dot_f32<4, kUnits>,
+          dot_f32<5, kUnits>, dot_f32<6, kUnits>, dot_f32<7, kUnits>, dot_f32<8, kUnits>};
+      const int64_t m = p.rows * g / groups, n = p.rows * (g + 1) / groups - m;
+      kDot[n - 1](p, table, task, x + m * x_stride, t + m * p.rank, y + m);
     }
     Epilogue epilogue(p);
     Epilogue::Columns<kDotTask> columns;
     epilogue.begin(o0, outputs, columns);
     for (int64_t m = 0; m < p.rows; ++m) epilogue.write(m, o0, outputs, y[m]);
   });
+}
+
+// Units as long as blocks, rows and chunks let them be.
+inline void run_dot_f32(const MatmulParams& p) {
+  int log2_unit = 5;
+  while ((int64_t{1} << log2_unit) < kDotChunk && log2_unit < p.weight4.log2_blocksize &&
+         p.inner % (int64_t{2} << log2_unit) == 0)
+    ++log2_unit;
+  const int64_t units = kDotChunk >> log2_unit;
+  if constexpr (Vec::kWidth >= 16) {
+    if (units == 4) return run_dot_f32<4>(p, log2_unit);
+  }
+  if constexpr (Vec::kWidth >= 8) {
+    if (units == 2) return run_dot_f32<2>(p, log2_unit);
+  }
+  return run_dot_f32<1>(p, log2_unit);
 }
 
 inline void matmul_f32_any(const MatmulParams& p) {

@@ -79,8 +79,35 @@ inline Vec lookup(CodeTable t, const uint8_t* p) {
   return {_mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(q, 28)))};
 }
 
-constexpr int32_t kSplit[8] = {0, 1, 2, 3, 4, 5, 6, 7};
-inline Vec lookup_split(CodeTable t, const uint8_t* p) { return lookup(t, p); }
+struct Words {
+  __m256i v;
+};
+inline Words load_words(const uint8_t* p) {
+  return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))};
+}
+inline Words load_words(const uint8_t* p, int n) {
+  uint8_t bytes[32] = {};
+  std::memcpy(bytes, p, static_cast<size_t>(4 * n));
+  return load_words(bytes);
+}
+inline Words half_words(const uint8_t* p) {
+  const __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return {_mm256_set_m128i(_mm_srli_epi32(v, 16), v)};
+}
+template <int j>
+inline Vec lookup(CodeTable t, Words w) {
+  constexpr int kShift = 4 * (j ^ 1);  // the first of a byte is the high nibble
+  const __m256i q = _mm256_srli_epi32(w.v, kShift);
+  const __m256 low = _mm256_permutevar8x32_ps(t.low, q);
+  const __m256 high = _mm256_permutevar8x32_ps(t.high, q);
+  return {_mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(w.v, 28 - kShift)))};
+}
+template <int n>
+inline Vec spread(const float* p) {
+  static_assert(n <= 2, "of eight lanes");
+  if constexpr (n == 1) return set1(p[0]);
+  return {_mm256_set_m128(_mm_set1_ps(p[n - 1]), _mm_set1_ps(p[0]))};
+}
 
 inline Vec gather_codes(const float* code, const uint8_t* codes) {
   const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes));

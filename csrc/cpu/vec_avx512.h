@@ -80,15 +80,28 @@ inline Vec lookup(CodeTable t, const uint8_t* p) {
   q = _mm512_or_si512(_mm512_srli_epi64(q, 4), _mm512_slli_epi64(q, 32));
   return {_mm512_permutexvar_ps(q, t.code)};
 }
-// One shift and one permute: the eight bytes in every qword, each shifted so that its even dword ends in weight j and
-// its odd one in weight j + 8.
-constexpr int32_t kSplit[16] = {0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15};
-inline Vec lookup_split(CodeTable t, const uint8_t* p) {
-  int64_t bytes;
-  std::memcpy(&bytes, p, 8);
-  const __m512i q =
-      _mm512_srlv_epi64(_mm512_set1_epi64(bytes), _mm512_setr_epi64(4, 0, 12, 8, 20, 16, 28, 24));
-  return {_mm512_permutexvar_ps(q, t.code)};
+struct Words {
+  __m512i v;
+};
+inline Words load_words(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
+inline Words load_words(const uint8_t* p, int n) { return {_mm512_maskz_loadu_epi32(first(n), p)}; }
+inline Words half_words(const uint8_t* p) {
+  const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return {_mm512_inserti64x4(_mm512_castsi256_si512(v), _mm256_srli_epi32(v, 16), 1)};
+}
+template <int j>
+inline Vec lookup(CodeTable t, Words w) {  // vpermps reads 4 bits; the first of a byte is the high nibble
+  return {_mm512_permutexvar_ps(_mm512_srli_epi32(w.v, 4 * (j ^ 1)), t.code)};
+}
+template <int n>
+inline Vec spread(const float* p) {
+  static_assert(n <= 4, "of sixteen lanes");
+  if constexpr (n == 1) return set1(p[0]);
+  const __m128i values = n == 2 ? _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))
+                                : _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  const __m512i quarters = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+  return {_mm512_permutexvar_ps(n == 2 ? _mm512_srli_epi32(quarters, 1) : quarters,
+                                _mm512_castps128_ps512(_mm_castsi128_ps(values)))};
 }
 
 inline Vec gather_codes(const float* code, const uint8_t* codes) {

@@ -5,7 +5,11 @@
 //   load_n/store_n          the first n < kWidth elements, nothing beyond is touched; missing lanes load as 0
 //   CodeTable               16 fp32 codes in registers
 //   lookup(table, p)        kWidth weights, the first in the high nibble of p[0]; reads kWidth/2 bytes
-//   lookup_split(table, p)  the same weights in the cheapest order: lane i is weight kSplit[i]
+//   Words, load_words(p)    8 kWidth weights, the bytes of each eight in a lane of 32 bits
+//   lookup<j>(table, words) lane i is weight 8 i + j
+//   spread<n>(p)            n <= kWidth / 4 floats, each in kWidth / n neighbouring lanes
+//   load_words(p, n)        of the first n lanes, the others zero
+//   half_words(p)           4 kWidth weights: lookup<j>, j < 4, has 8 i + j in the lower lanes and 8 i + j + 4 in the upper ones
 //   BlockTable<T>           the 16 values round(code * absmax) of one block, as T
 //   decode(table, p, out)   32 of its weights from 16 bytes
 //   max_abs, reduce_max     the largest magnitude, NaN if there is one
@@ -129,8 +133,31 @@ inline Vec lookup(CodeTable t, const uint8_t* p) {
   return {{t.code[p[0] >> 4], t.code[p[0] & 15], t.code[p[1] >> 4], t.code[p[1] & 15]}};
 }
 
-constexpr int32_t kSplit[4] = {0, 1, 2, 3};
-inline Vec lookup_split(CodeTable t, const uint8_t* p) { return lookup(t, p); }
+struct Words {
+  uint8_t bytes[16];
+};
+inline Words load_words(const uint8_t* p, int n = 4) {
+  Words w = {};
+  std::memcpy(w.bytes, p, static_cast<size_t>(4 * n));
+  return w;
+}
+inline Words half_words(const uint8_t* p) {
+  Words w = {};
+  for (int i = 0; i < 8; ++i) w.bytes[i / 4 * 4 + i % 2 + (i % 4 < 2 ? 0 : 8)] = p[i];
+  return w;
+}
+template <int j>
+inline Vec lookup(CodeTable t, const Words& w) {
+  Vec v;
+  for (int i = 0; i < 4; ++i)
+    v.v[i] = t.code[j % 2 ? w.bytes[4 * i + j / 2] & 15 : w.bytes[4 * i + j / 2] >> 4];
+  return v;
+}
+template <int n>
+inline Vec spread(const float* p) {
+  static_assert(n == 1, "of four lanes");
+  return set1(p[0]);
+}
 
 // The nested absmax: code[codes[i]], four of them.
 inline Vec gather_codes(const float* code, const uint8_t* codes) {
