@@ -30,6 +30,7 @@ SIZES += [
     (20, 20, 2112),
     (3, 20, 2784),
     (9, 20, 2784),
+    (1, 20, 8224),
 ]
 # Transposed, amx takes 512 outputs at a time, in three chunks, with nine tiles of x.
 SIZES += [(140, 1024, 640)]

@@ -18,9 +18,9 @@
 //   rows <= 32, 48   64 and 96 of tiles, 82 of decoding
 //   more             96 of tiles for 48 rows; of decoding, into L2, 180 shared by all of them; 80 lines from L2, 100
 //
-// The adapters' thin products read their long side where it lies. One row of x takes avx512's dot products in fp32: a
-// VDPBF16PS keeps the ports as busy as four multiply-adds on these CPUs. Two and three rows of other weights: dot products
-// here. Everything else (dense weights, blocks that straddle rows) takes the common driver of matmul.inl.
+// The adapters' thin products read their long side where it lies. One row of x by a 4-bit W takes avx512's dot products in
+// fp32: a VDPBF16PS keeps the ports as busy as four multiply-adds on these CPUs. Up to three rows of other weights take dot
+// products in bf16. Everything else (dense weights, blocks that straddle rows) takes the common driver of matmul.inl.
 #define PEFTKERN_ISA amx
 #define PEFTKERN_VEC_BF16
 #include "cpu/vec_avx512.h"
@@ -29,6 +29,10 @@
 #include "cpu/mora.inl"
 #include "cpu/probe.inl"
 #include "cpu/tile.h"
+
+#if !defined(PEFTKERN_HAVE_AVX512)
+#error "this level takes the products of one row from the level avx512"
+#endif
 
 namespace peftkern::avx512 {
 void matmul_bf16(const MatmulParams& p);
@@ -1210,7 +1214,7 @@ void probe_bf16(const ProbeParams& p) { probe<AmxProducts>(p); }
 void matmul_bf16(const MatmulParams& p) {
   if (p.rows == 0 || p.outputs == 0) return;
   if (epilogue_alone(p)) return run_epilogue(p);
-  if (p.rows == 1 && p.weight4.packed && !p.transposed) return avx512::matmul_bf16(p);
+  if (p.rows == 1 && p.weight4.packed && p.inner % 32 == 0 && !p.transposed) return avx512::matmul_bf16(p);
   if (p.weight4.packed && p.inner > 0 && Bf16Panels::in_groups(p)) {
     if (p.transposed) return TransposedPipeline(p).run();
     return Pipeline(p).run();

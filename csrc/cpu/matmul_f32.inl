@@ -114,7 +114,7 @@ inline void F32Kernel::dot_rows(const Matrix& w, int64_t o0, int64_t o1, int64_t
 //
 //   per 128 weights (AVX-512)  7 shifts, 8 VPERMPS, 1 to spread absmax, and for a row of x 8 multiply-adds and one more
 //   floor                      (16 + 9 M) / 2 cycles; memory: 72 bytes
-//   range                      absmax comes last, so a sum of codes · x must itself be finite: |x| up to about 1e37
+//   range                      absmax comes last, so a sum of codes · x must itself be finite: |x| up to 4e37
 //
 // x of a 4-bit W is packed [chunk][M][8][kWidth], each chunk as x[j][i] = x[8 i + j], zero beyond its end. Half a chunk
 // at the end, where units are that long, is four vectors, with x[8 i + j] and x[8 i + j + 4] in their halves. x of a dense W
@@ -145,7 +145,7 @@ __attribute__((noinline)) void dot_row_4bit(const CodeTable& table, const DotRow
                                             Vec* sums) {
   Vec sum[M], part[M];
   for (int m = 0; m < M; ++m) sum[m] = from ? sums[m] : zero();
-  const auto add = [&](Vec scale) {
+  const auto add_scaled = [&](Vec scale) {
     for (int m = 0; m < M; ++m) sum[m] = fma(part[m], scale, sum[m]);
   };
   const float* absmax = w.absmax + from / kDotChunk * kUnits;
@@ -155,12 +155,12 @@ __attribute__((noinline)) void dot_row_4bit(const CodeTable& table, const DotRow
     prefetch_bytes(bytes, ahead, 1);
     prefetch_l1(bytes, near);
     add_lookups<M, 8>(table, load_words(bytes), x + k * M, part);
-    add(spread<kUnits>(absmax));
+    add_scaled(spread<kUnits>(absmax));
   }
   if constexpr (kUnits == 2) {
     if (k < to) {  // half a chunk, one unit
       add_lookups<M, 4>(table, half_words(w.bytes + (k >> 1)), x + k * M, part);
-      add(set1(absmax[0]));
+      add_scaled(set1(absmax[0]));
     }
   }
   if constexpr (kUnits == 4) {
@@ -169,35 +169,53 @@ __attribute__((noinline)) void dot_row_4bit(const CodeTable& table, const DotRow
       float scales[kUnits] = {};
       for (int u = 0; u < left / 32; ++u) scales[u] = absmax[u];
       add_lookups<M, 8>(table, load_words(w.bytes + (k >> 1), left / 8), x + k * M, part);
-      add(spread<kUnits>(scales));
+      add_scaled(spread<kUnits>(scales));
     }
   }
   for (int m = 0; m < M; ++m) sums[m] = sum[m];
 }
 
-// What one task works on: outputs o0 … o0 + rows.
+template <int M>
+inline auto dot_row_of(int64_t units) {
+  if constexpr (Vec::kWidth >= 16) {
+    if (units == 4) return dot_row_4bit<M, 4>;
+  }
+  if constexpr (Vec::kWidth >= 8) {
+    if (units == 2) return dot_row_4bit<M, 2>;
+  }
+  return dot_row_4bit<M, 1>;
+}
+
+// What one task works on: outputs o0 … o0 + rows, and how many units there are in a chunk.
 struct DotTask {
   const DotRow* w;
+  int64_t units;
   int64_t o0, rows;
   float* room;  // for a row of dense W or u
 };
 
 // y[m] = sums of the task's rows of W with x[m]
-template <int M, int kUnits>
+template <int M>
 inline void dot_f32(const MatmulParams& p, const CodeTable& table, const DotTask& task, const float* x,
                     const float* t, float (*y)[kDotTask]) {
   constexpr int64_t kColumns = (32 << 10) / (4 * M) / kDotChunk * kDotChunk;  // of x, that stay in L1
   const int64_t columns =
       round_up(ceil_div(p.inner, max_of<int64_t>(1, ceil_div(p.inner, kColumns))), kDotChunk);
   const int64_t parts = columns ? ceil_div(p.inner, columns) : 1;
-  // Whole rows further on, because the hardware stops at each page of 4 KB.
-  const int64_t ahead = max_of<int64_t>(1, 2 * kDotAheadBytes / max_of<int64_t>(1, columns)) * p.inner / 2;
-  const int64_t near = parts == 1 ? 512 : p.inner / 2;
+  // Whole rows further on, because the hardware stops at each page of 4 KB; after the task's last one its next part, then
+  // the next task.
+  const int64_t row_bytes = p.inner / 2,
+                rows_ahead = max_of<int64_t>(1, 2 * kDotAheadBytes / max_of<int64_t>(1, columns));
+  const int64_t near = parts == 1 || columns >= 4096 ? 512 : row_bytes;
+  const auto dot_row = dot_row_of<M>(task.units);
   Vec sums[kDotTask][M];
   for (int64_t part = 0; task.w && part < parts; ++part) {
     const int64_t from = part * columns, to = min_of(from + columns, p.inner);
-    for (int64_t o = 0; o < task.rows; ++o)
-      dot_row_4bit<M, kUnits>(table, task.w[o], x, from, to, ahead, near, sums[o]);
+    const int64_t wrap = to < p.inner ? columns / 2 - task.rows * row_bytes : -from / 2;
+    for (int64_t o = 0; o < task.rows; ++o) {
+      const int64_t ahead = rows_ahead * row_bytes + (o + rows_ahead < task.rows ? 0 : wrap);
+      dot_row(table, task.w[o], x, from, to, ahead, near, sums[o]);
+    }
   }
   for (int64_t o = 0; o < task.rows; ++o) {
     if (!task.w) {
@@ -215,11 +233,11 @@ inline void dot_f32(const MatmulParams& p, const CodeTable& table, const DotTask
 }
 
 // A row of x as it meets W's: its chunks, out_stride from one to the next. `room` has kWidth values more than they.
-template <int kUnits>
-inline void split_row(const Matrix& x, int64_t m, int64_t n, float* room, float* out, int64_t out_stride) {
+inline void split_row(const Matrix& x, int64_t m, int64_t n, int64_t units, float* room, float* out,
+                      int64_t out_stride) {
   constexpr int64_t kWidth = Vec::kWidth;
   alignas(64) float turned[max_of(kDotChunk, kWidth * kWidth)];
-  const int64_t whole = kUnits == 2 ? n / kDotChunk * kDotChunk : round_up(n, kDotChunk);
+  const int64_t whole = units == 2 ? n / kDotChunk * kDotChunk : round_up(n, kDotChunk);
   read_row(x, m, 0, n, room);
   std::memset(room + n, 0, static_cast<size_t>(round_up(n, kDotChunk) + kWidth - n) * sizeof(float));
   int64_t k = 0;
@@ -231,8 +249,12 @@ inline void split_row(const Matrix& x, int64_t m, int64_t n, float* room, float*
     for (int64_t j = 0; j < 8; ++j) out[j % 4 * kWidth + j / 4 * kWidth / 2 + i] = room[k + j];
 }
 
-template <int kUnits>
-inline void run_dot_f32(const MatmulParams& p, int log2_unit) {
+inline void run_dot_f32(const MatmulParams& p) {
+  int log2_unit = 5;  // as long as blocks, rows and chunks let it be
+  while ((int64_t{1} << log2_unit) < kDotChunk && log2_unit < p.weight4.log2_blocksize &&
+         p.inner % (int64_t{2} << log2_unit) == 0)
+    ++log2_unit;
+  const int64_t units = kDotChunk >> log2_unit;
   const double work =
       static_cast<double>(p.rows) * static_cast<double>(p.outputs) * static_cast<double>(p.inner);
   const int threads = work < F32Kernel::kSerialWork ? 1 : p.threads;
@@ -248,14 +270,18 @@ inline void run_dot_f32(const MatmulParams& p, int log2_unit) {
   for (int64_t g = 0; g < groups; ++g) {
     const int64_t m0 = p.rows * g / groups, rows = p.rows * (g + 1) / groups - m0;
     for (int64_t m = 0; m < rows; ++m) {
-      if (!four_bit) read_row(p.x, m0 + m, 0, p.inner, x + (m0 + m) * x_stride);
-      if (four_bit)
-        split_row<kUnits>(p.x, m0 + m, p.inner, own, x + m0 * x_stride + m * kDotChunk, rows * kDotChunk);
+      if (four_bit) {
+        split_row(p.x, m0 + m, p.inner, units, own, x + m0 * x_stride + m * kDotChunk, rows * kDotChunk);
+      } else {
+        read_row(p.x, m0 + m, 0, p.inner, x + (m0 + m) * x_stride);
+      }
       if (p.rank) read_row(p.t, m0 + m, 0, p.rank, t + (m0 + m) * p.rank);
     }
   }
   const CodeTable table = code_registers(code_table(p.weight4.quant_type));
-  const int64_t most = min_of(kDotTask, round_up(ceil_div(p.outputs, 8 * threads), Vec::kWidth));
+  // Eighths of a thread's part, and something for each: an adapter's rows are few.
+  const int64_t most = min_of(min_of(kDotTask, ceil_div(p.outputs, threads)),
+                              round_up(ceil_div(p.outputs, 8 * threads), Vec::kWidth));
   parallel_tasks(threads, ceil_div(p.outputs, most), [&](int thread, int64_t index) {
     float* mine = own + thread * (room + absmax_room);
     DotRow w[kDotTask];
@@ -265,12 +291,11 @@ inline void run_dot_f32(const MatmulParams& p, int log2_unit) {
       prefetch_absmax(p.weight4, (o0 + most) * p.inner, most * p.inner);
       dot_weights(p, log2_unit, o0, outputs, mine + room, w);
     }
-    const DotTask task = {four_bit ? w : nullptr, o0, outputs, mine};
+    const DotTask task = {four_bit ? w : nullptr, units, o0, outputs, mine};
     alignas(64) float y[kDotMost][kDotTask];
     for (int64_t g = 0; g < groups; ++g) {
-      static constexpr decltype(&dot_f32<1, kUnits>) kDot[kDotGroup] = {
-          dot_f32<1, kUnits>, dot_f32<2, kUnits>, dot_f32<3, kUnits>, dot_f32<4, kUnits>,
-          dot_f32<5, kUnits>, dot_f32<6, kUnits>, dot_f32<7, kUnits>, dot_f32<8, kUnits>};
+      static constexpr decltype(&dot_f32<1>) kDot[kDotGroup] = {
+          dot_f32<1>, dot_f32<2>, dot_f32<3>, dot_f32<4>, dot_f32<5>, dot_f32<6>, dot_f32<7>, dot_f32<8>};
       const int64_t m = p.rows * g / groups, n = p.rows * (g + 1) / groups - m;
       kDot[n - 1](p, table, task, x + m * x_stride, t + m * p.rank, y + m);
     }
@@ -279,22 +304,6 @@ inline void run_dot_f32(const MatmulParams& p, int log2_unit) {
     epilogue.begin(o0, outputs, columns);
     for (int64_t m = 0; m < p.rows; ++m) epilogue.write(m, o0, outputs, y[m]);
   });
-}
-
-// Units as long as blocks, rows and chunks let them be.
-inline void run_dot_f32(const MatmulParams& p) {
-  int log2_unit = 5;
-  while ((int64_t{1} << log2_unit) < kDotChunk && log2_unit < p.weight4.log2_blocksize &&
-         p.inner % (int64_t{2} << log2_unit) == 0)
-    ++log2_unit;
-  const int64_t units = kDotChunk >> log2_unit;
-  if constexpr (Vec::kWidth >= 16) {
-    if (units == 4) return run_dot_f32<4>(p, log2_unit);
-  }
-  if constexpr (Vec::kWidth >= 8) {
-    if (units == 2) return run_dot_f32<2>(p, log2_unit);
-  }
-  return run_dot_f32<1>(p, log2_unit);
 }
 
 inline void matmul_f32_any(const MatmulParams& p) {

@@ -95,7 +95,7 @@ inline Vec lookup(CodeTable t, Words w) {  // vpermps reads 4 bits; the first of
 }
 template <int n>
 inline Vec spread(const float* p) {
-  static_assert(n <= 4, "of sixteen lanes");
+  static_assert(n == 1 || n == 2 || n == 4, "of sixteen lanes");
   if constexpr (n == 1) return set1(p[0]);
   const __m128i values = n == 2 ? _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))
                                 : _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));

@@ -7,9 +7,9 @@
 //   lookup(table, p)        kWidth weights, the first in the high nibble of p[0]; reads kWidth/2 bytes
 //   Words, load_words(p)    8 kWidth weights, the bytes of each eight in a lane of 32 bits
 //   lookup<j>(table, words) lane i is weight 8 i + j
-//   spread<n>(p)            n <= kWidth / 4 floats, each in kWidth / n neighbouring lanes
 //   load_words(p, n)        of the first n lanes, the others zero
 //   half_words(p)           4 kWidth weights: lookup<j>, j < 4, has 8 i + j in the lower lanes and 8 i + j + 4 in the upper ones
+//   spread<n>(p)            n <= kWidth / 4 floats, each in kWidth / n neighbouring lanes
 //   BlockTable<T>           the 16 values round(code * absmax) of one block, as T
 //   decode(table, p, out)   32 of its weights from 16 bytes
 //   max_abs, reduce_max     the largest magnitude, NaN if there is one
