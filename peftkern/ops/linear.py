@@ -368,7 +368,7 @@ def linear_4bit(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) 
         |y - exact| ≤ (u + (K + 6) 2^-24) (Σ|x||W| + |b|) + v |y|
 
     and where triton hands a dequantized W and many rows to cuBLAS (explain says from how many on) b is
-    rounded to x's dtype before: v |b| more. On cpu up to 24 rows are multiplied before absmax is: |x| up to 4e37.
+    rounded to x's dtype before: v |b| more. On cpu absmax multiplies the sums of up to 24 rows: |x| ≤ 4e37.
 
     Backward: dX = dY W from the same packed bytes, within the same bound with N for K; dbias = Σ dY in fp32;
     W is frozen. Saved: the packed weight, by reference; not x. First derivatives in reverse mode only: double
