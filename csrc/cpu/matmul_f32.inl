@@ -61,12 +61,15 @@ struct F32Kernel {
   }
 };
 
+constexpr int64_t kDotAheadBytes = 4 << 10;  // what rows of W are fetched ahead
+
 // sum[m] += w · x[m]
 template <int M, class W, class X>
 inline void add_dot(const W* w, const X* x, int64_t n, Vec* sum) {
   int64_t i = 0;
   for (; i + Vec::kWidth <= n; i += Vec::kWidth) {
     const Vec row = load(w + i);
+    prefetch_bytes(w + i, kDotAheadBytes, 1);
     for (int m = 0; m < M; ++m) sum[m] = fma(row, load(x + m * n + i), sum[m]);
   }
   if (i == n) return;
@@ -121,7 +124,6 @@ inline void F32Kernel::dot_rows(const Matrix& w, int64_t o0, int64_t o1, int64_t
 // is [M][inner], t [rows][rank]. x passes in parts that stay in the L1 cache while kDotTask rows of W do.
 constexpr int64_t kDotGroup = 8, kDotMost = Vec::kWidth == 16 ? 24 : 20, kDotTask = 64;
 constexpr int64_t kDotChunk = 8 * Vec::kWidth;
-constexpr int64_t kDotAheadBytes = 4 << 10;
 
 // part[m] = sums of the first `end` of a chunk's vectors with x[m]
 template <int M, int end, int j = 0>
