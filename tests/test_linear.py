@@ -181,6 +181,21 @@ def test_a_bad_block_stays_alone(isa: str) -> None:
     assert bad.tolist() == [row == 7 for row in range(40)]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("M", [1, 2, 4, 9, 24, 25])
+def test_range_of_few_rows(M: int, dtype: torch.dtype, isa: str) -> None:
+    """x up to 4e37, as the docstring promises: sums of unscaled codes stay finite, each code of them 1."""
+    largest = torch.tensor(4e37).to(dtype)
+    if largest > 4e37:
+        largest *= 1 - torch.finfo(dtype).eps
+    for K in (32, 330, 2112, 2784):
+        for blocksize in (32, 64, 4096):
+            weight = peftkern.quantize_4bit(torch.full((5, K), 1e-6), blocksize=blocksize)
+            x = largest.expand(M, K).clone()
+            expected = bounds.linear(x, weight)["y"]
+            bounds.check("y", linear_4bit(x, weight), expected, False)  # one sum, many times
+
+
 def test_negative_bit_views() -> None:
     """z.conj().imag is a real tensor whose memory holds its negation."""
     weight = peftkern.quantize_4bit(torch.randn(8, 64))

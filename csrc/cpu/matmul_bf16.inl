@@ -196,7 +196,7 @@ struct Bf16Panels {
 //   and row of x     4 VDPBF16PS, then absmax as one fp32 multiply-add of the sum over each block
 //                    (a scaled table as in the panels costs more: 24 against 20 cycles at M = 8)
 //   floor            memory: 72 bytes per 128 weights
-//   range            absmax comes last, so a sum of codes · x must itself be finite: |x| up to about 1e37
+//   range            absmax comes last, so a sum of codes · x must itself be finite: |x| up to 4e37
 //
 // x is packed [k / 128][M][128], each 128 as x[32 j + i] = x[4 i + j], zero beyond its end. It is walked in
 // blocks that stay in the L1 cache while kDotTask rows of W pass, two at a time; the sums wait in memory, as

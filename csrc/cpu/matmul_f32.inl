@@ -139,38 +139,38 @@ inline __attribute__((always_inline)) void add_lookups(const CodeTable& table, c
   }
 }
 
-// sums[m] += w · x[m] over the columns from … to; kUnits in a chunk. The bytes `ahead` are fetched into L2, those `near`
-// into L1.
+// sums[m] += w · x[m] over the columns from … to; kUnits in a chunk, or one for several. The bytes `ahead` are fetched
+// into L2, those `near` into L1.
 template <int M, int kUnits>
 __attribute__((noinline)) void dot_row_4bit(const CodeTable& table, const DotRow& w, const float* x,
-                                            int64_t from, int64_t to, int64_t ahead, int64_t near,
-                                            Vec* sums) {
+                                            int log2_unit, int64_t from, int64_t to, int64_t ahead,
+                                            int64_t near, Vec* sums) {
   Vec sum[M], part[M];
   for (int m = 0; m < M; ++m) sum[m] = from ? sums[m] : zero();
   const auto add_scaled = [&](Vec scale) {
     for (int m = 0; m < M; ++m) sum[m] = fma(part[m], scale, sum[m]);
   };
-  const float* absmax = w.absmax + from / kDotChunk * kUnits;
   int64_t k = from;
-  for (; k + kDotChunk <= to; k += kDotChunk, absmax += kUnits) {
+  for (; k + kDotChunk <= to; k += kDotChunk) {
     const uint8_t* bytes = w.bytes + (k >> 1);
     prefetch_bytes(bytes, ahead, 1);
     prefetch_l1(bytes, near);
     add_lookups<M, 8>(table, load_words(bytes), x + k * M, part);
-    add_scaled(spread<kUnits>(absmax));
+    add_scaled(spread<kUnits>(w.absmax + (k >> log2_unit)));
   }
   if constexpr (kUnits == 2) {
     if (k < to) {  // half a chunk, one unit
       add_lookups<M, 4>(table, half_words(w.bytes + (k >> 1)), x + k * M, part);
-      add_scaled(set1(absmax[0]));
+      add_scaled(set1(w.absmax[k >> log2_unit]));
     }
   }
   if constexpr (kUnits == 4) {
     if (k < to) {  // one to three units; the missing ones meet zeros of x
-      const int left = static_cast<int>(to - k);
+      uint8_t bytes[kDotChunk / 2] = {};
       float scales[kUnits] = {};
-      for (int u = 0; u < left / 32; ++u) scales[u] = absmax[u];
-      add_lookups<M, 8>(table, load_words(w.bytes + (k >> 1), left / 8), x + k * M, part);
+      std::memcpy(bytes, w.bytes + (k >> 1), static_cast<size_t>((to - k) / 2));
+      for (int u = 0; u < (to - k) / 32; ++u) scales[u] = w.absmax[(k >> log2_unit) + u];
+      add_lookups<M, 8>(table, load_words(bytes), x + k * M, part);
       add_scaled(spread<kUnits>(scales));
     }
   }
@@ -178,7 +178,7 @@ __attribute__((noinline)) void dot_row_4bit(const CodeTable& table, const DotRow
 }
 
 template <int M>
-inline auto dot_row_of(int64_t units) {
+inline auto dot_row_of(int64_t units) {  // in a chunk
   if constexpr (Vec::kWidth >= 16) {
     if (units == 4) return dot_row_4bit<M, 4>;
   }
@@ -188,10 +188,10 @@ inline auto dot_row_of(int64_t units) {
   return dot_row_4bit<M, 1>;
 }
 
-// What one task works on: outputs o0 … o0 + rows, and how many units there are in a chunk.
+// What one task works on: outputs o0 … o0 + rows.
 struct DotTask {
   const DotRow* w;
-  int64_t units;
+  int log2_unit;
   int64_t o0, rows;
   float* room;  // for a row of dense W or u
 };
@@ -209,14 +209,14 @@ inline void dot_f32(const MatmulParams& p, const CodeTable& table, const DotTask
   const int64_t row_bytes = p.inner / 2,
                 rows_ahead = max_of<int64_t>(1, 2 * kDotAheadBytes / max_of<int64_t>(1, columns));
   const int64_t near = parts == 1 || columns >= 4096 ? 512 : row_bytes;
-  const auto dot_row = dot_row_of<M>(task.units);
+  const auto dot_row = dot_row_of<M>(kDotChunk >> task.log2_unit);
   Vec sums[kDotTask][M];
   for (int64_t part = 0; task.w && part < parts; ++part) {
     const int64_t from = part * columns, to = min_of(from + columns, p.inner);
     const int64_t wrap = to < p.inner ? columns / 2 - task.rows * row_bytes : -from / 2;
     for (int64_t o = 0; o < task.rows; ++o) {
       const int64_t ahead = rows_ahead * row_bytes + (o + rows_ahead < task.rows ? 0 : wrap);
-      dot_row(table, task.w[o], x, from, to, ahead, near, sums[o]);
+      dot_row(table, task.w[o], x, task.log2_unit, from, to, ahead, near, sums[o]);
     }
   }
   for (int64_t o = 0; o < task.rows; ++o) {
@@ -235,11 +235,11 @@ inline void dot_f32(const MatmulParams& p, const CodeTable& table, const DotTask
 }
 
 // A row of x as it meets W's: its chunks, out_stride from one to the next. `room` has kWidth values more than they.
-inline void split_row(const Matrix& x, int64_t m, int64_t n, int64_t units, float* room, float* out,
+inline void split_row(const Matrix& x, int64_t m, int64_t n, int log2_unit, float* room, float* out,
                       int64_t out_stride) {
   constexpr int64_t kWidth = Vec::kWidth;
   alignas(64) float turned[max_of(kDotChunk, kWidth * kWidth)];
-  const int64_t whole = units == 2 ? n / kDotChunk * kDotChunk : round_up(n, kDotChunk);
+  const int64_t whole = kDotChunk >> log2_unit == 2 ? n / kDotChunk * kDotChunk : round_up(n, kDotChunk);
   read_row(x, m, 0, n, room);
   std::memset(room + n, 0, static_cast<size_t>(round_up(n, kDotChunk) + kWidth - n) * sizeof(float));
   int64_t k = 0;
@@ -252,11 +252,8 @@ inline void split_row(const Matrix& x, int64_t m, int64_t n, int64_t units, floa
 }
 
 inline void run_dot_f32(const MatmulParams& p) {
-  int log2_unit = 5;  // as long as blocks, rows and chunks let it be
-  while ((int64_t{1} << log2_unit) < kDotChunk && log2_unit < p.weight4.log2_blocksize &&
-         p.inner % (int64_t{2} << log2_unit) == 0)
-    ++log2_unit;
-  const int64_t units = kDotChunk >> log2_unit;
+  int log2_unit = 5;  // as long as blocks and rows let it be
+  while (log2_unit < p.weight4.log2_blocksize && p.inner % (int64_t{2} << log2_unit) == 0) ++log2_unit;
   const double work =
       static_cast<double>(p.rows) * static_cast<double>(p.outputs) * static_cast<double>(p.inner);
   const int threads = work < F32Kernel::kSerialWork ? 1 : p.threads;
@@ -273,7 +270,7 @@ inline void run_dot_f32(const MatmulParams& p) {
     const int64_t m0 = p.rows * g / groups, rows = p.rows * (g + 1) / groups - m0;
     for (int64_t m = 0; m < rows; ++m) {
       if (four_bit) {
-        split_row(p.x, m0 + m, p.inner, units, own, x + m0 * x_stride + m * kDotChunk, rows * kDotChunk);
+        split_row(p.x, m0 + m, p.inner, log2_unit, own, x + m0 * x_stride + m * kDotChunk, rows * kDotChunk);
       } else {
         read_row(p.x, m0 + m, 0, p.inner, x + (m0 + m) * x_stride);
       }
@@ -293,7 +290,7 @@ inline void run_dot_f32(const MatmulParams& p) {
       prefetch_absmax(p.weight4, (o0 + most) * p.inner, most * p.inner);
       dot_weights(p, log2_unit, o0, outputs, mine + room, w);
     }
-    const DotTask task = {four_bit ? w : nullptr, units, o0, outputs, mine};
+    const DotTask task = {four_bit ? w : nullptr, log2_unit, o0, outputs, mine};
     alignas(64) float y[kDotMost][kDotTask];
     for (int64_t g = 0; g < groups; ++g) {
       static constexpr decltype(&dot_f32<1>) kDot[kDotGroup] = {

@@ -68,15 +68,18 @@ struct CodeTable {
 inline CodeTable code_registers(const float* code) {
   return {_mm256_loadu_ps(code), _mm256_loadu_ps(code + 8)};
 }
+// The code of the low four bits of each lane; `high` has the fourth as its sign.
+inline Vec lookup(CodeTable t, __m256i q, __m256i high) {
+  return {_mm256_blendv_ps(_mm256_permutevar8x32_ps(t.low, q), _mm256_permutevar8x32_ps(t.high, q),
+                           _mm256_castsi256_ps(high))};
+}
 inline Vec lookup(CodeTable t, const uint8_t* p) {
   uint32_t bytes;
   std::memcpy(&bytes, p, 4);
   // lane j wants nibble j: byte j/2, high half first
   const __m256i q = _mm256_srlv_epi32(_mm256_set1_epi32(static_cast<int>(bytes)),
                                       _mm256_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24));
-  const __m256 low = _mm256_permutevar8x32_ps(t.low, q);
-  const __m256 high = _mm256_permutevar8x32_ps(t.high, q);
-  return {_mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(q, 28)))};
+  return lookup(t, q, _mm256_slli_epi32(q, 28));
 }
 
 struct Words {
@@ -85,22 +88,14 @@ struct Words {
 inline Words load_words(const uint8_t* p) {
   return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))};
 }
-inline Words load_words(const uint8_t* p, int n) {
-  uint8_t bytes[32] = {};
-  std::memcpy(bytes, p, static_cast<size_t>(4 * n));
-  return load_words(bytes);
-}
 inline Words half_words(const uint8_t* p) {
   const __m128i v = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return {_mm256_set_m128i(_mm_srli_epi32(v, 16), v)};
 }
 template <int j>
-inline Vec lookup(CodeTable t, Words w) {
-  constexpr int kShift = 4 * (j ^ 1);  // the first of a byte is the high nibble
-  const __m256i q = _mm256_srli_epi32(w.v, kShift);
-  const __m256 low = _mm256_permutevar8x32_ps(t.low, q);
-  const __m256 high = _mm256_permutevar8x32_ps(t.high, q);
-  return {_mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(w.v, 28 - kShift)))};
+inline Vec lookup(CodeTable t, Words w) {  // the first of a byte is the high nibble
+  constexpr int kShift = 4 * (j ^ 1);
+  return lookup(t, _mm256_srli_epi32(w.v, kShift), _mm256_slli_epi32(w.v, 28 - kShift));
 }
 template <int n>
 inline Vec spread(const float* p) {

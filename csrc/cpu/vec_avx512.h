@@ -84,7 +84,6 @@ struct Words {
   __m512i v;
 };
 inline Words load_words(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
-inline Words load_words(const uint8_t* p, int n) { return {_mm512_maskz_loadu_epi32(first(n), p)}; }
 inline Words half_words(const uint8_t* p) {
   const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   return {_mm512_inserti64x4(_mm512_castsi256_si512(v), _mm256_srli_epi32(v, 16), 1)};

@@ -7,8 +7,7 @@
 //   lookup(table, p)        kWidth weights, the first in the high nibble of p[0]; reads kWidth/2 bytes
 //   Words, load_words(p)    8 kWidth weights, the bytes of each eight in a lane of 32 bits
 //   lookup<j>(table, words) lane i is weight 8 i + j
-//   load_words(p, n)        of the first n lanes, the others zero
-//   half_words(p)           4 kWidth weights: lookup<j>, j < 4, has 8 i + j in the lower lanes and 8 i + j + 4 in the upper ones
+//   half_words(p)           4 kWidth weights: lookup<j>, j < 4, has 8 i + j in the lower lanes, 8 i + j + 4 in the upper
 //   spread<n>(p)            n <= kWidth / 4 floats, each in kWidth / n neighbouring lanes
 //   BlockTable<T>           the 16 values round(code * absmax) of one block, as T
 //   decode(table, p, out)   32 of its weights from 16 bytes
@@ -136,9 +135,9 @@ inline Vec lookup(CodeTable t, const uint8_t* p) {
 struct Words {
   uint8_t bytes[16];
 };
-inline Words load_words(const uint8_t* p, int n = 4) {
-  Words w = {};
-  std::memcpy(w.bytes, p, static_cast<size_t>(4 * n));
+inline Words load_words(const uint8_t* p) {
+  Words w;
+  std::memcpy(w.bytes, p, sizeof(w.bytes));
   return w;
 }
 inline Words half_words(const uint8_t* p) {
