@@ -34,8 +34,9 @@ SIZES += [
 ]
 # Transposed, amx takes 512 outputs at a time, in three chunks, with nine tiles of x.
 SIZES += [(140, 1024, 640)]
-# Contractions that amx takes in parts, of W's rows or of x's, with an addend of two groups.
-SIZES += [(50, 40, 4224), (33, 33, 11264)]
+# Contractions that amx takes in parts, of W's rows or of x's, with an addend of two groups; 64 and 80 rows
+# of x meet 16 of W.
+SIZES += [(90, 40, 4224), (33, 33, 11264), (50, 40, 4224), (70, 40, 7168)]
 LAYOUTS = ["rows", "apart", "odd", "columns"]
 
 

@@ -16,6 +16,7 @@
 //   floor            rows · inner · outputs / 512 cycles of one core, or inner · outputs · 0.56 bytes of memory
 //   rows <= 16       a step is 32 cycles of tiles, 82 of decoding
 //   rows <= 32, 48   64 and 96 of tiles, 82 of decoding
+//   rows <= 64, 80   of 16 rows of W: 64 and 80 of tiles, 41 of decoding, 64 and 80 lines from L2, 83 and 104
 //   more             96 of tiles for 48 rows; of decoding, into L2, 180 shared by all of them; 80 lines from L2, 100
 //
 // The adapters' thin products read their long side where it lies. One row of x by a 4-bit W takes avx512's dot products in
@@ -353,13 +354,13 @@ inline int pipeline_threads(const MatmulParams& p) {
   return cycles < kSerialCycles ? 1 : p.threads;
 }
 
-// X Wᵀ. 32 rows of W at a time meet up to 48 rows of x: C, at most six tiles, stays where it is over all of the contraction.
-// Between two steps of the tile unit the vector units decode a slice of the rows of W that come next, in groups of 128
-// of the contraction. x streams from L2.
+// X Wᵀ. 32 rows of W at a time meet up to 48 rows of x, or 16 up to 80: C, at most six tiles, stays where it is over all of
+// the contraction. Between two steps of the tile unit the vector units decode a slice of the rows of W that come next, in
+// groups of 128 of the contraction. x streams from L2.
 //
-//   rows <= 48   W goes through 16 KB of L1, one group ahead
-//   more         a panel of W, at most 256 KB, lies in L2 and meets one set of 48 rows after the other, while the next
-//                panel is decoded
+//   rows <= 80   W goes through 16 KB of L1, one group ahead
+//   more         a panel of 32 rows of W, at most 256 KB, lies in L2 and meets one set of 48 rows after the other, while the
+//                next panel is decoded
 //   x            up to 256 rows; a contraction for which they, or a panel, would outgrow L2 goes in parts, C to memory
 //                in between
 class Pipeline {
@@ -369,11 +370,13 @@ class Pipeline {
     u_groups = ceil_div(p.rank, kGroupDepth);
     block_rows = round_up(ceil_div(p.rows, ceil_div(p.rows, kMaxRows)), 16);
     tiles = block_rows / 16;
-    sets = ceil_div(tiles, kSetTiles);
+    unit_tiles = tiles > kSetTiles && tiles <= kLongSetTiles ? 1 : 2;
+    sets = unit_tiles == 1 ? 1 : ceil_div(tiles, kSetTiles);
     parts = ceil_div(w_groups, min_of(kXBytes / (tiles * kGroupBytes), sets == 1 ? w_groups : kPanelGroups));
     ahead = sets == 1 ? 1 : ceil_div(w_groups, parts);
-    unit_bytes = 2 * tiles * kTileBytes;
-    units = ceil_div(p.outputs, kUnit);
+    unit_rows = 16 * unit_tiles;
+    unit_bytes = unit_tiles * tiles * kTileBytes;
+    units = ceil_div(p.outputs, unit_rows);
     ranges = parts == 1 ? 1 : ceil_div(units * unit_bytes, kPartialBytes);
     threads = pipeline_threads(p);
   }
@@ -415,15 +418,16 @@ class Pipeline {
   }
 
  private:
-  static constexpr int64_t kMaxRows = 256, kSetTiles = 3;
+  static constexpr int64_t kMaxRows = 256, kSetTiles = 3, kLongSetTiles = 5;
   static constexpr int64_t kXBytes = 1 << 20;        // of x in tiles: half of an L2 cache
   static constexpr int64_t kPartialBytes = 8 << 20;  // of C between two parts
-  static constexpr int64_t kUnit = 32;               // rows of W in a panel: whole lines of out
+  static constexpr int64_t kUnit = 32;               // rows of W in a panel, at most: whole lines of out
   static constexpr int64_t kFewUnits = 16;           // for each thread
   static constexpr int64_t kPanelGroups = 32;        // of it in L2; twice 256 KB
   static constexpr int64_t kGroupDepth = 128, kGroupSteps = 4;
   static constexpr int64_t kGroupBytes = kGroupSteps * kTileBytes;  // of 16 rows
-  static constexpr int64_t kGroup = 2 * kGroupSteps * kTile;        // of a panel: [step][2 tiles]
+  static constexpr int64_t kGroup = 2 * kGroupSteps * kTile;        // of a panel: [step][32 rows]
+  static constexpr int64_t kSlice = 8;                              // rows that are decoded at a time
 
   // What a thread has for itself, besides two panels (or groups) of W and the sums of two units.
   struct Own {
@@ -499,7 +503,7 @@ class Pipeline {
           in_place(p.weight4.absmax.values && p.weight4.log2_blocksize == 6),
           epilogue(p) {
       for (int i = 0; i < 2; ++i)
-        sums[i] = reinterpret_cast<float*>(w + 2 * l.ahead * kGroup) + i * 2 * l.tiles * kSums;
+        sums[i] = reinterpret_cast<float*>(w + 2 * l.ahead * kGroup) + i * l.unit_bytes / 4;
     }
 
     void run(int64_t first) {
@@ -508,17 +512,18 @@ class Pipeline {
       after = l.claim(unit);
       later = l.claim(after);
       enter(unit, after);
-      for (int64_t i = 0; i < (l.sets == 1 ? 1 : end - begin) * kGroupSteps; ++i) decode_next();
+      for (int64_t i = 0; i < (l.sets == 1 ? 1 : end - begin); ++i)
+        four_steps(l.unit_rows / kSlice, [](int64_t) {});
       for (; unit < unit_end; unit = after, after = later, later = l.claim(after)) {
-        const int64_t outputs = min_of(kUnit, p.outputs - kUnit * unit);
-        float* c = last_part ? sums[made] : l.partial + 2 * l.tiles * (unit - unit0) * kSums;
-        const float* from = first_part ? nullptr : l.partial + 2 * l.tiles * (unit - unit0) * kSums;
+        const int64_t outputs = min_of(l.unit_rows, p.outputs - l.unit_rows * unit);
+        float* c = last_part ? sums[made] : l.partial + (unit - unit0) * l.unit_bytes / 4;
+        const float* from = first_part ? nullptr : l.partial + (unit - unit0) * l.unit_bytes / 4;
         if (l.sets > 1) {
           turn();
           enter(after, later);
         }
         for (int64_t set = 0; set < l.sets; ++set) {
-          const int64_t at = 2 * l.set_begin(set) * kSums;
+          const int64_t at = l.unit_tiles * l.set_begin(set) * kSums;
           switch (l.set_begin(set + 1) - l.set_begin(set)) {
             case 1:
               multiply<1>(set, from ? from + at : nullptr, c + at);
@@ -526,13 +531,19 @@ class Pipeline {
             case 2:
               multiply<2>(set, from ? from + at : nullptr, c + at);
               break;
-            default:
+            case 3:
               multiply<3>(set, from ? from + at : nullptr, c + at);
+              break;
+            case 4:
+              multiply<4>(set, from ? from + at : nullptr, c + at);
+              break;
+            default:
+              multiply<5>(set, from ? from + at : nullptr, c + at);
           }
         }
         if (!last_part) continue;
         write_rest();
-        rest = {0, static_cast<int>(5 * ceil_div(min_of(l.block_rows, p.rows - m0), 16)), kUnit * unit,
+        rest = {0, static_cast<int>(5 * ceil_div(min_of(l.block_rows, p.rows - m0), 16)), l.unit_rows * unit,
                 outputs, c};
         epilogue.begin(rest.o0, outputs, columns);
         made ^= 1;
@@ -566,22 +577,24 @@ class Pipeline {
     // A panel is decoded from now on, and the one after it fetched.
     void enter(int64_t panel, int64_t next) {
       const Weight4& w4 = p.weight4;
-      source.o0 = kUnit * panel;
-      source.rows = panel < unit_end ? min_of(kUnit, p.outputs - source.o0) : 0;
+      source.o0 = l.unit_rows * panel;
+      source.rows = panel < unit_end ? min_of(l.unit_rows, p.outputs - source.o0) : 0;
       source.group = begin;
       source.slice = 0;
-      source.whole = in_place && source.rows == kUnit;
+      due = 0;
+      source.whole = in_place && source.rows == l.unit_rows;
       if (!source.rows) return;
-      const int64_t start = (next < unit_end ? kUnit * next : source.o0) * p.inner + kGroupDepth * begin;
+      const int64_t start =
+          (next < unit_end ? l.unit_rows * next : source.o0) * p.inner + kGroupDepth * begin;
       source.ahead = reinterpret_cast<uintptr_t>(w4.packed) + static_cast<uintptr_t>(start >> 1);
       // Whole rows are fetched in the order in which they lie.
-      source.ahead_group = l.parts == 1 ? 64 * kUnit : 64;
+      source.ahead_group = l.parts == 1 ? 64 * l.unit_rows : 64;
       source.ahead_row = l.parts == 1 ? 64 : p.inner >> 1;
       const int64_t length = min_of(kGroupDepth * end, p.inner) - kGroupDepth * begin;
       const int64_t size = w4.absmax.values ? 4 : 1;
       const uintptr_t absmax = w4.absmax.values ? reinterpret_cast<uintptr_t>(w4.absmax.values)
                                                 : reinterpret_cast<uintptr_t>(w4.absmax.codes);
-      for (int64_t r = 0; r < kUnit; ++r) {
+      for (int64_t r = 0; r < l.unit_rows; ++r) {
         const int64_t flat = start + r * p.inner;
         const int64_t last = ((flat + length - 1) >> w4.log2_blocksize) * size;
         for (int64_t at = (flat >> w4.log2_blocksize) * size; at <= last; at += 64)
@@ -589,28 +602,69 @@ class Pipeline {
       }
     }
 
-    // Eight rows of a group.
-    inline __attribute__((always_inline)) void decode_next() {
-      const int64_t r = 8 * source.slice;
-      Bf16* out = w_group(side ^ 1, source.group) + tile_row(r);
+    // Where a group of whole rows is being decoded.
+    struct Rows {
+      const uint8_t* bytes;
+      const float* absmax;
+      Bf16* out;
+      uintptr_t ahead;
+      const int64_t row_bytes, row_blocks, ahead_row;
+      const __m512 code;
+
+      inline __attribute__((always_inline)) void decode_slice() {
+#pragma GCC unroll 8
+        for (int i = 0; i < kSlice; ++i) {
+          prefetch_l2(ahead);
+          look_up(_mm512_loadu_si512(bytes), second_half(), scaled_table(code, absmax[0], absmax[1]), out,
+                  2 * kTile);
+          bytes += row_bytes;
+          absmax += row_blocks;
+          out += kStepDepth;
+          ahead += static_cast<uintptr_t>(ahead_row);
+        }
+      }
+    };
+
+    // step(0) … step(3), and among them `slices` slices of what is to be decoded. They lie in one group (4 of them, 2 and 2,
+    // 1, 1 and 2, or one), whose pointers stay in registers: fetching these for each slice took a tenth of the time up to 48
+    // rows.
+    template <class Step>
+    inline __attribute__((always_inline)) void four_steps(int64_t slices, const Step& step) {
+      if (!source.rows) slices = 0;
+      const auto due_after = [&](int64_t s) {
+        return (s + 1) * slices / kGroupSteps > s * slices / kGroupSteps;
+      };
+      const int64_t r = kSlice * source.slice, o = source.o0 + r;
+      Bf16* out = w_group(side ^ 1, source.group) + r * kStepDepth;
       uintptr_t ahead = source.ahead + static_cast<uintptr_t>((source.group - begin) * source.ahead_group +
                                                               r * source.ahead_row);
       if (source.whole && kGroupDepth * (source.group + 1) <= p.inner) {
-        const int64_t row_bytes = p.inner >> 1, absmax_row = p.inner >> 6, o = source.o0 + r;
-        const uint8_t* bytes = p.weight4.packed + 64 * source.group + o * row_bytes;
-        const float* absmax = p.weight4.absmax.values + 2 * source.group + o * absmax_row;
-        const __m512 code = _mm512_loadu_ps(code_table(p.weight4.quant_type));
-#pragma GCC unroll 8
-        for (int i = 0; i < 8; ++i, bytes += row_bytes, absmax += absmax_row, out += kStepDepth) {
-          prefetch_l2(ahead);
-          ahead += static_cast<uintptr_t>(source.ahead_row);
-          look_up(_mm512_loadu_si512(bytes), second_half(), scaled_table(code, absmax[0], absmax[1]), out,
-                  2 * kTile);
+        const Weight4& w4 = p.weight4;
+        const int64_t row_bytes = p.inner >> 1, row_blocks = p.inner >> 6;
+        Rows rows = {w4.packed + 64 * source.group + o * row_bytes,
+                     w4.absmax.values + 2 * source.group + o * row_blocks,
+                     out,
+                     ahead,
+                     row_bytes,
+                     row_blocks,
+                     source.ahead_row,
+                     _mm512_loadu_ps(code_table(w4.quant_type))};
+#pragma GCC unroll 4
+        for (int64_t s = 0; s < kGroupSteps; ++s) {
+          step(s);
+          if (due_after(s)) rows.decode_slice();
         }
       } else {
-        decode_some(r, ahead, out);
+        for (int64_t s = 0, row = 0; s < kGroupSteps; ++s) {
+          step(s);
+          if (!due_after(s)) continue;
+          decode_some(r + row, ahead + static_cast<uintptr_t>(row * source.ahead_row),
+                      out + row * kStepDepth);
+          row += kSlice;
+        }
       }
-      if (++source.slice == kGroupSteps) {
+      source.slice += slices;
+      if (kSlice * source.slice == l.unit_rows) {
         source.slice = 0;
         ++source.group;
       }
@@ -623,7 +677,7 @@ class Pipeline {
       const int64_t c = kGroupDepth * source.group;
       const bool spread = !in_place && (source.group == begin || source.group % 8 == 0);
       if (spread) source.scales_run = c >> 6;
-      for (int64_t r = from; r < min_of(from + 8, source.rows); ++r, out += kStepDepth) {
+      for (int64_t r = from; r < min_of(from + kSlice, source.rows); ++r, out += kStepDepth) {
         const int64_t start = (source.o0 + r) * p.inner + c;
         prefetch_l2(ahead);
         ahead += static_cast<uintptr_t>(source.ahead_row);
@@ -642,7 +696,6 @@ class Pipeline {
       }
     }
 
-    static int64_t tile_row(int64_t r) { return (r / 16) * kTile + r % 16 * kStepDepth; }
     static __m512i second_half() {
       return _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(0x1010), 1);
     }
@@ -653,12 +706,12 @@ class Pipeline {
 
     // A group of u.
     __attribute__((noinline)) void read_addend(int64_t group) {
-      const int64_t o0 = kUnit * unit;
-      for (int64_t r = 0; r < min_of(kUnit, p.outputs - o0); ++r) {
+      const int64_t o0 = l.unit_rows * unit;
+      for (int64_t r = 0; r < min_of(l.unit_rows, p.outputs - o0); ++r) {
         for (int64_t s = 0; s < u_steps(group); ++s) {
           const int64_t c = kGroupDepth * group + kStepDepth * s;
           const int64_t n = min_of<int64_t>(kStepDepth, p.rank - c);
-          Bf16* row = own.u + 2 * s * kTile + tile_row(r);
+          Bf16* row = own.u + 2 * s * kTile + r * kStepDepth;
           read_row(p.u, o0 + r, c, n, row);
           std::memset(row + n, 0, static_cast<size_t>(kStepDepth - n) * sizeof(Bf16));
         }
@@ -676,14 +729,13 @@ class Pipeline {
           turn();
           if (group + 1 == end) enter(after, later);
         }
-        const Bf16* w_step = w_group(side, group);
-        for (int64_t s = 0; s < kGroupSteps; ++s, w_step += 2 * kTile, x += T * kTile) {
-          products<T>(w_step, x);
-          if (++tick == l.sets) {
-            tick = 0;
-            if (source.rows) decode_next();
-          }
-        }
+        const Bf16* w_steps = w_group(side, group);
+        due += l.unit_rows / kSlice;
+        four_steps(due / l.sets, [&](int64_t s) __attribute__((always_inline)) {
+          products<T>(w_steps + s * 2 * kTile, x);
+          x += T * kTile;
+        });
+        due %= l.sets;
         if (rest.piece < rest.pieces) write_piece();
       }
       for (int64_t group = 0; group < u_groups; ++group) {
@@ -693,19 +745,32 @@ class Pipeline {
       end_sums<T>(c);
     }
 
-    // C tile 2 j + i: W's tile i, x's tile j.
+    // C tile 2 j + i: W's tile i, x's tile j; with one tile of W, j.
+    template <int T>
+    static constexpr int kSetSums = T > kSetTiles ? T : 2 * T;
     template <int T, int N = 0>
     static void begin_sums(const float* from) {
-      if constexpr (N < 2 * T) {
+      if constexpr (N < kSetSums<T>) {
         from ? tile_load<N>(from + N * kSums, kRow) : tile_zero<N>();
         begin_sums<T, N + 1>(from);
       }
     }
     template <int T, int N = 0>
     static void end_sums(float* c) {
-      if constexpr (N < 2 * T) {
+      if constexpr (N < kSetSums<T>) {
         tile_store<N>(c + N * kSums, kRow);
         end_sums<T, N + 1>(c);
+      }
+    }
+
+    // W's tile, which is there, against x's.
+    template <int T, int N = 0>
+    static inline __attribute__((always_inline)) void row_products(const Bf16* x) {
+      if constexpr (N < T) {
+        constexpr int kFree = T + 1 + N % (7 - T);
+        tile_stream<kFree>(x + N * kTile, kRow);
+        tile_dpbf16<N, T, kFree>();
+        row_products<T, N + 1>(x);
       }
     }
 
@@ -723,6 +788,9 @@ class Pipeline {
           tile_dpbf16<2, 4, 7>();
           tile_dpbf16<3, 5, 7>();
         }
+      } else if constexpr (T > kSetTiles) {
+        tile_load<T>(w, kRow);
+        row_products<T>(x);
       } else {  // two tiles are left for five operands; W's come a second time, from L1
         tile_load<6>(w, kRow);
         tile_stream<7>(x, kRow);
@@ -745,7 +813,7 @@ class Pipeline {
       const int64_t t = rest.piece / 5, r = 4 * (rest.piece % 5 - 1), m = m0 + 16 * t + r;
       ++rest.piece;
       if (r < 0) {
-        const float* c = rest.sums + 2 * t * kSums;
+        const float* c = rest.sums + l.unit_tiles * t * kSums;
         transpose(c, 16, own.rows[0], kUnit);
         if (rest.outputs > 16) transpose(c + kSums, 16, own.rows[0] + 16, kUnit);
       } else if (m < p.rows) {
@@ -766,7 +834,7 @@ class Pipeline {
     const bool first_part, last_part, in_place;
     int64_t unit = 0, after = 0, later = 0;  // that this thread has claimed
     int side = 0, made = 0;
-    int64_t tick = 0;
+    int64_t due = 0;  // slices to decode, times sets
     Epilogue epilogue;
     Epilogue::Columns<kUnit> columns;
     Source source;
@@ -778,6 +846,7 @@ class Pipeline {
   int64_t block_rows, tiles, sets;  // of x
   int64_t parts;                    // of the contraction
   int64_t ahead;                    // groups that are decoded before they are multiplied, at most
+  int64_t unit_tiles, unit_rows;    // of W in a panel
   int64_t unit_bytes;               // of C
   int64_t units, ranges;            // of outputs
   int threads;
