@@ -37,6 +37,8 @@ SIZES += [(140, 1024, 640)]
 # Contractions that amx takes in parts, of W's rows or of x's, with an addend of two groups; 64 and 80 rows
 # of x meet 16 of W.
 SIZES += [(90, 40, 4224), (33, 33, 11264), (50, 40, 4224), (70, 40, 7168)]
+# Groups of 64 weights in their own order, in blocks of rows and chunks, and transposed in short chunks.
+SIZES += [(310, 72, 704), (16, 200, 704)]
 LAYOUTS = ["rows", "apart", "odd", "columns"]
 
 

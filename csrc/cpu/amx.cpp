@@ -77,6 +77,7 @@ struct AmxKernel : Bf16Panels {
   static constexpr int kRowSplitX = 32;
   static constexpr int kAlignW = kStepDepth;
   static constexpr int kAlignX = kStepDepth;
+  static constexpr int kShortRows = 0, kShortDepth = kDepth;
   static constexpr double kSerialWork = 1 << 19;
 
   // C tile N of R x V: zero, loaded or stored, then the next one.
@@ -1284,7 +1285,7 @@ void matmul_bf16(const MatmulParams& p) {
   if (p.rows == 0 || p.outputs == 0) return;
   if (epilogue_alone(p)) return run_epilogue(p);
   if (p.rows == 1 && p.weight4.packed && p.inner % 32 == 0 && !p.transposed) return avx512::matmul_bf16(p);
-  if (p.weight4.packed && p.inner > 0 && Bf16Panels::in_groups(p)) {
+  if (p.inner > 0 && in_groups(p)) {
     if (p.transposed) return TransposedPipeline(p).run();
     return Pipeline(p).run();
   }

@@ -25,6 +25,7 @@ struct Bf16Kernel : Bf16Panels {
   static constexpr int kRowSplitX = 12;
   static constexpr int kAlignW = 2;
   static constexpr int kAlignX = 2;
+  static constexpr int kShortRows = 0, kShortDepth = kDepth;
   static constexpr double kSerialWork = 1 << 18;
 
   template <int R, int V>

@@ -102,6 +102,12 @@ inline void decode_range(const Weight4& w, CodeTable table, int64_t start, int64
   }
 }
 
+// Rows of W are whole groups of 64 weights, and a group has one absmax.
+inline bool in_groups(const MatmulParams& p) {
+  return p.weight4.packed && p.weight4.log2_blocksize >= 6 &&
+         (p.transposed ? p.outputs : p.inner) % kGroup == 0;
+}
+
 template <class S, class D>
 inline void convert_row(const S* src, int64_t stride, int64_t n, D* dst) {
   int64_t i = 0;

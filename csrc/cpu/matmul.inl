@@ -6,8 +6,7 @@
 // and the weight stands on one side or the other:
 //     A = rows m of x,  B = w(o, c), lanes are outputs,  C = out    x is read where it lies, if it can be
 //     A = rows o of W,  B = x packed once per call,      C = outᵀ   few rows of x against a dense W, and a
-//                                                                   plain 4-bit W that K cannot bring across:
-//                                                                   K::kGroups, K::in_groups
+//                                                                   plain 4-bit W that K cannot bring across
 //
 // What K has beside `multiply`, which sets C (`empty`) or adds to it:
 //     Elem, kPair               what is multiplied; neighbours of the contraction that share a lane of B. For
@@ -19,8 +18,10 @@
 //     kMaxRows                  rows of x in a block: those whose sums and copies are held at a time
 //     kRowSplitX, kRowSplitW    rows of x that a task has at least: a tile of registers or a few
 //     kAcross                   there is multiply_across, which takes A as pairs of columns
-//     kGroups                   there are in_groups, kGroup, decode_pairs and decode_columns for a 4-bit W whose
-//                               rows are whole groups, and reorder and restore for the order those leave
+//     kGroups                   a 4-bit W of whole groups (in_groups) is decoded in K's own order: transposed by
+//                               decode_rows, with reorder and restore for that order of columns; plain by
+//                               decode_columns (pairs), or else by decode_row, and x's columns take its places
+//     kShortRows, kShortDepth   kDepth where A is x and that has so few rows: of a panel that L1 holds
 //     kDotRows                  rows of A at most for dot_rows, with rows of B where they lie
 //     kSerialWork               products that are not worth a second thread
 //
@@ -61,7 +62,7 @@ struct Segment {
   Matrix x;      // x or t
   Matrix dense;  // [outputs, length] as w(o, c): dense W or u; unused when four_bit
   bool four_bit;
-  bool reordered;  // the panel is in K's own order, see K::kGroup
+  bool reordered;  // the panel is in K's own order of groups
   int64_t length;
   int64_t padded;
   int64_t depth;  // of a chunk: at most K::kDepth, as even as may be
@@ -93,14 +94,12 @@ class Matmul {
   explicit Matmul(const MatmulParams& params)
       : p(params), table(code_registers(code_table(p.weight4.quant_type))) {
     const bool four_bit = p.weight4.packed != nullptr;
-    bool in_groups = false;
-    if constexpr (K::kGroups) in_groups = four_bit && K::in_groups(p);
-    x_rows = p.transposed || (four_bit ? in_groups : p.rows > kFewRows);
-    const bool reordered = in_groups && p.transposed;
-    const int64_t align = x_rows ? K::kAlignX : K::kAlignW;
+    const bool groups = K::kGroups && in_groups(p);
+    x_rows = p.transposed || (four_bit ? groups && kPair > 1 : p.rows > kFewRows);
+    const bool reordered = groups && (p.transposed || kPair == 1);
     const Matrix dense = p.transposed ? transposed(p.dense) : p.dense;
-    segments[0] = segment(p.x, dense, four_bit, reordered, p.inner, align);
-    segments[1] = segment(p.t, p.u, false, false, p.rank, align);
+    segments[0] = segment(p.x, dense, four_bit, reordered, p.inner);
+    segments[1] = segment(p.t, p.u, false, false, p.rank);
     for (Segment& s : segments) s.source = source(s);
     one_region = segments[0].source != Source::packed && segments[1].source != Source::packed;
     row_split = x_rows ? K::kRowSplitX : K::kRowSplitW;
@@ -255,9 +254,9 @@ class Matmul {
   static_assert(kPackStep % (Vec::kWidth * kPair) == 0, "pack_pairs takes whole steps of the depth");
 
   // Chunks of a contraction of `padded`: as even as may be, kDepth at most.
-  static int64_t chunk_depth(int64_t padded) {
-    const int64_t count = max_of<int64_t>(1, ceil_div(padded, kDepth));
-    return min_of<int64_t>(kDepth, round_up(ceil_div(padded, count), 64));
+  static int64_t chunk_depth(int64_t padded, int64_t most = kDepth) {
+    const int64_t count = max_of<int64_t>(1, ceil_div(padded, most));
+    return min_of(most, round_up(ceil_div(padded, count), 64));
   }
 
  private:
@@ -267,10 +266,10 @@ class Matmul {
     Elem* piece;
   };
 
-  static Segment segment(const Matrix& x, const Matrix& dense, bool four_bit, bool reordered, int64_t length,
-                         int64_t align) {
-    const int64_t padded = round_up(length, align);
-    return {x, dense, four_bit, reordered, length, padded, chunk_depth(padded), Source::packed};
+  Segment segment(const Matrix& x, const Matrix& dense, bool four_bit, bool reordered, int64_t length) const {
+    const int64_t padded = round_up(length, x_rows ? K::kAlignX : K::kAlignW);
+    const int64_t depth = chunk_depth(padded, x_rows && p.rows <= K::kShortRows ? K::kShortDepth : kDepth);
+    return {x, dense, four_bit, reordered, length, padded, depth, Source::packed};
   }
   Source source(const Segment& s) const {
     if (!x_rows) return Source::packed;
@@ -302,7 +301,7 @@ class Matmul {
 
   // B operand: rows m of x become lanes. x_packed[q][m][kPair], q over both segments; missing rows are zero.
   void pack_columns(int64_t m0, int64_t rows, int64_t group) {
-    constexpr int kBlock = 64;
+    constexpr int64_t kBlock = kGroup;
     constexpr int kWords = kBlock / kPair;
     alignas(64) Elem rows_in[kLanes][kBlock];
     alignas(64) float words_out[kWords][kLanes];
@@ -321,8 +320,10 @@ class Matmul {
           for (int r = 0; r < kLanes; r += Vec::kWidth)
             transpose(reinterpret_cast<const float*>(rows_in[r]) + word, kWords, &words_out[word][r], kLanes);
         const int64_t words = min_of<int64_t>(kBlock, s.padded - c) / kPair;
-        for (int64_t word = 0; word < words; ++word, dst += stride)
-          std::memcpy(dst, words_out[word], sizeof(words_out[word]));
+        for (int64_t word = 0; word < words; ++word)
+          std::memcpy(dst + (s.reordered ? group_place(word) : word) * stride, words_out[word],
+                      sizeof(words_out[word]));
+        dst += words * stride;
       }
     }
   }
@@ -360,6 +361,13 @@ class Matmul {
         for (int64_t o = 0; o < outputs; ++o) {
           Elem* row = w.panel + o * kRowStride;
           if (s.four_bit) {
+            const int64_t next = (o0 + o + (c + depth < s.padded ? 0 : panel_outputs)) * p.inner;
+            prefetch_bytes(p.weight4.packed, (next + (c + depth) % s.padded) >> 1, n >> 1);
+          }
+          if (s.reordered) {
+            if constexpr (K::kGroups && kPair == 1)
+              K::decode_row(p.weight4, table, (o0 + o) * p.inner + c, n, row);
+          } else if (s.four_bit) {
             decode_range(p.weight4, table, (o0 + o) * p.inner + c, n, row);
           } else {
             read_row(s.dense, o0 + o, c, n, row);
@@ -453,9 +461,11 @@ class Matmul {
                   Elem* panel) const {
     if constexpr (K::kGroups) {
       if (s.reordered)
-        return K::template decode_pairs<kStrip>(p.weight4, c, n, depth, p.outputs, o0, outputs, panel);
-      if (s.four_bit && !p.transposed)
-        return K::template decode_columns<kStrip>(p.weight4, o0, outputs, p.inner, c, depth, panel);
+        return K::template decode_rows<kStrip>(p.weight4, c, n, depth, p.outputs, o0, outputs, panel);
+      if constexpr (kPair > 1) {
+        if (s.four_bit && !p.transposed)
+          return K::template decode_columns<kStrip>(p.weight4, o0, outputs, p.inner, c, depth, panel);
+      }
     }
     const bool in_order = !segments[0].reordered;
     if (!s.four_bit && in_order) return pack_dense(s.dense, o0, outputs, c, n, depth, panel);
@@ -468,7 +478,7 @@ class Matmul {
         read_row(transposed(s.dense), c + q, o0, outputs, row);
       }
       if constexpr (K::kGroups) {  // C's columns are in W's order: the addend's follow it
-        for (int64_t o = 0; !in_order && o < outputs; o += K::kGroup) K::reorder(row + o);
+        for (int64_t o = 0; !in_order && o < outputs; o += kGroup) K::reorder(row + o);
       }
     });
   }
@@ -515,7 +525,7 @@ class Matmul {
       if (segments[0].reordered) {
         alignas(64) float out[K::kPanelColumns];
         for (int64_t r = 0; r < rows; ++r, c += K::kPanelColumns) {
-          for (int64_t i = 0; i < outputs; i += K::kGroup) K::restore(c + i, out + i);
+          for (int64_t i = 0; i < outputs; i += kGroup) K::restore(c + i, out + i);
           epilogue.write_rows(m + r, 1, o, outputs, out, 0);
         }
         return;

@@ -47,18 +47,12 @@ inline __m512i alternate() {
 struct Bf16Panels {
   using Elem = Bf16;
   static constexpr int kPair = 2;
-  static constexpr int kGroup = 64;
 
   // v[m * v_stride + o] = z[m] · w[o], m < rows <= kDotRows, o0 <= o < o1: w's rows, contiguous and bf16 or
   // fp32, are read where they lie.
   static constexpr int kDotRows = 4;
   static void dot_rows(const Matrix& w, int64_t o0, int64_t o1, int64_t rows, const Bf16* z, int64_t n,
                        float* v, int64_t v_stride);
-
-  // Rows of W start on whole groups and a group has one absmax.
-  static bool in_groups(const MatmulParams& p) {
-    return p.weight4.log2_blocksize >= 6 && (p.transposed ? p.outputs : p.inner) % kGroup == 0;
-  }
 
   // x[16 j + i] = x[4 i + j]
   static void reorder(Bf16* x) {
@@ -93,8 +87,8 @@ struct Bf16Panels {
   // two rows a time: the packed words of both alternate before the look-up, so pairs come out ready.
   // panel[strip][q][16 j + i][2] = W[row0 + 2 q + {0, 1}, 4 i + j] in each group of 64 columns of a strip.
   template <int64_t kStrip>
-  static void decode_pairs(const Weight4& w, int64_t row0, int64_t n, int64_t depth, int64_t width,
-                           int64_t o0, int64_t outputs, Bf16* panel) {
+  static void decode_rows(const Weight4& w, int64_t row0, int64_t n, int64_t depth, int64_t width, int64_t o0,
+                          int64_t outputs, Bf16* panel) {
     const __m512 code = _mm512_loadu_ps(code_table(w.quant_type));
     const __m512i nibble_mask = _mm512_set1_epi16(15);
     const __m512i second = _mm512_set1_epi32(16 << 16);

@@ -14,19 +14,50 @@ struct F32Kernel {
   static constexpr int kLanes = Vec::kWidth;
   static constexpr int kAccumulators = kLanes == 16 ? 24 : 12;  // of 32 or 16 registers
   static constexpr int kMaxVectors = kLanes == 16 ? 4 : 3;
-  static constexpr int kDepth = 256;
-  static constexpr int kPanelRows = 96;
-  static constexpr int kShortPanels = 2;  // half as tall for few rows of x
-  static constexpr int kPanelColumns = 96;
-  static constexpr int kStrip = 96;
+  static constexpr int kDepth = 320;
+  static constexpr int kPanelRows = 192;
+  static constexpr int kShortPanels = 8;  // 24 rows for few rows of x: a panel that L1 holds
+  static constexpr int kPanelColumns = kLanes == 16 ? 128 : 192;
+  static constexpr int kStrip = kPanelColumns;
   static constexpr bool kAcross = false;
-  static constexpr int kMaxRows = 240;
+  static constexpr int kMaxRows = 288;
   static constexpr int kRowSplitW = 48;
   static constexpr int kRowSplitX = kAccumulators / kMaxVectors * 2;
   static constexpr int kAlignW = 1;
   static constexpr int kAlignX = 1;
-  static constexpr bool kGroups = false;  // panels are in natural order
+  static constexpr bool kGroups = true;
+  static constexpr int kShortRows = kLanes == 16 ? 16 : 0;
+  static constexpr int kShortDepth = 64;
   static constexpr double kSerialWork = 1 << 17;
+
+  // n weights from flat index start on, whole groups.
+  static void decode_row(const Weight4& w, const CodeTable& table, int64_t start, int64_t n, float* out) {
+    for (int64_t i = 0; i < n; i += kGroup) {
+      const float absmax = absmax_at(w.absmax, (start + i) >> w.log2_blocksize);
+      decode_group(table, set1(absmax), w.packed + ((start + i) >> 1), out + i);
+    }
+  }
+
+  // Rows row0 … row0 + depth (those from row0 + n on are zero) of W [.., width], columns o0 … o0 + outputs.
+  template <int64_t kColumns>
+  static void decode_rows(const Weight4& w, int64_t row0, int64_t n, int64_t depth, int64_t width, int64_t o0,
+                          int64_t outputs, float* panel) {
+    const CodeTable table = code_registers(code_table(w.quant_type));
+    for (int64_t q = 0; q < n; ++q) {
+      const int64_t start = (row0 + q) * width + o0;
+      prefetch_bytes(w.packed, (start + kRowsAhead * width) >> 1, outputs / 2);
+      prefetch_absmax(w, start + kRowsAhead * width, outputs);
+      decode_row(w, table, start, outputs, panel + q * kColumns);
+    }
+    std::memset(panel + n * kColumns, 0, static_cast<size_t>((depth - n) * kColumns) * sizeof(float));
+  }
+
+  static void reorder(float* x) {
+    float y[kGroup];
+    for (int64_t k = 0; k < kGroup; ++k) y[group_place(k)] = x[k];
+    std::memcpy(x, y, sizeof(y));
+  }
+  static void restore(const float* c, float* y) { restore_group(c, y); }
 
   // v[m * v_stride + o] = z[m] · w[o], m < rows <= kDotRows, o0 <= o < o1: w's rows, contiguous, are read where they lie.
   static constexpr int kDotRows = 4;

@@ -97,6 +97,16 @@ inline Vec lookup(CodeTable t, Words w) {  // the first of a byte is the high ni
   constexpr int kShift = 4 * (j ^ 1);
   return lookup(t, _mm256_srli_epi32(w.v, kShift), _mm256_slli_epi32(w.v, 28 - kShift));
 }
+constexpr int64_t kGroup = 64;
+constexpr int64_t group_place(int64_t k) { return k % 8 * 8 + k / 8; }
+template <int j = 0>
+inline void decode_group(CodeTable t, Vec scale, Words w, float* out) {
+  store(out + 8 * j, mul(lookup<j>(t, w), scale));
+  if constexpr (j < 7) decode_group<j + 1>(t, scale, w, out);
+}
+inline void decode_group(CodeTable t, Vec scale, const uint8_t* p, float* out) {
+  decode_group<0>(t, scale, load_words(p), out);
+}
 template <int n>
 inline Vec spread(const float* p) {
   static_assert(n <= 2, "of eight lanes");
@@ -206,6 +216,8 @@ inline void transpose(const float* src, int64_t src_stride, float* dst, int64_t 
     _mm256_storeu_ps(dst + (i + 4) * dst_stride, _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
   }
 }
+
+inline void restore_group(const float* c, float* y) { transpose(c, 8, y, 8); }
 
 inline Vec permute(Vec v, const int32_t* lanes) {
   return {_mm256_permutevar8x32_ps(v.v, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(lanes)))};

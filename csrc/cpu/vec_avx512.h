@@ -92,6 +92,16 @@ template <int j>
 inline Vec lookup(CodeTable t, Words w) {  // vpermps reads 4 bits; the first of a byte is the high nibble
   return {_mm512_permutexvar_ps(_mm512_srli_epi32(w.v, 4 * (j ^ 1)), t.code)};
 }
+constexpr int64_t kGroup = 64;
+constexpr int64_t group_place(int64_t k) { return k % 4 * 16 + k % 8 / 4 * 8 + k / 8; }
+template <int j = 0>
+inline void decode_group(CodeTable t, Vec scale, Words w, float* out) {
+  store(out + 16 * j, mul(lookup<j>(t, w), scale));
+  if constexpr (j < 3) decode_group<j + 1>(t, scale, w, out);
+}
+inline void decode_group(CodeTable t, Vec scale, const uint8_t* p, float* out) {
+  decode_group<0>(t, scale, half_words(p), out);
+}
 template <int n>
 inline Vec spread(const float* p) {
   static_assert(n == 1 || n == 2 || n == 4, "of sixteen lanes");
@@ -194,6 +204,20 @@ inline void transpose(const float* src, int64_t src_stride, float* dst, int64_t 
     _mm512_storeu_ps(dst + (i + 4) * dst_stride, _mm512_shuffle_f32x4(b[i + 4], b[i + 12], 0x88));
     _mm512_storeu_ps(dst + (i + 12) * dst_stride, _mm512_shuffle_f32x4(b[i + 4], b[i + 12], 0xdd));
   }
+}
+
+// Two rounds in 128-bit lanes bring four rows of c across, for i and for i + 4, below and above; a third sorts lanes.
+inline void restore_group(const float* c, float* y) {
+  const __m512 c0 = _mm512_loadu_ps(c), c1 = _mm512_loadu_ps(c + 16);
+  const __m512 c2 = _mm512_loadu_ps(c + 32), c3 = _mm512_loadu_ps(c + 48);
+  const __m512 a0 = _mm512_unpacklo_ps(c0, c1), a1 = _mm512_unpackhi_ps(c0, c1);
+  const __m512 b0 = _mm512_unpacklo_ps(c2, c3), b1 = _mm512_unpackhi_ps(c2, c3);
+  const __m512 i0 = _mm512_shuffle_ps(a0, b0, 0x44), i1 = _mm512_shuffle_ps(a0, b0, 0xee);
+  const __m512 i2 = _mm512_shuffle_ps(a1, b1, 0x44), i3 = _mm512_shuffle_ps(a1, b1, 0xee);
+  _mm512_storeu_ps(y, _mm512_shuffle_f32x4(i0, i1, 0x88));
+  _mm512_storeu_ps(y + 16, _mm512_shuffle_f32x4(i2, i3, 0x88));
+  _mm512_storeu_ps(y + 32, _mm512_shuffle_f32x4(i0, i1, 0xdd));
+  _mm512_storeu_ps(y + 48, _mm512_shuffle_f32x4(i2, i3, 0xdd));
 }
 
 inline Vec permute(Vec v, const int32_t* lanes) {

@@ -8,6 +8,8 @@
 //   Words, load_words(p)    8 kWidth weights, the bytes of each eight in a lane of 32 bits
 //   lookup<j>(table, words) lane i is weight 8 i + j
 //   half_words(p)           4 kWidth weights: lookup<j>, j < 4, has 8 i + j in the lower lanes, 8 i + j + 4 in the upper
+//   decode_group(table, scale, p, out)  64 weights in the order that is least work: out[group_place(k)] is weight k
+//   restore_group(c, y)     y[k] = c[group_place(k)]
 //   spread<n>(p)            n <= kWidth / 4 floats, each in kWidth / n neighbouring lanes
 //   BlockTable<T>           the 16 values round(code * absmax) of one block, as T
 //   decode(table, p, out)   32 of its weights from 16 bytes
@@ -152,6 +154,12 @@ inline Vec lookup(CodeTable t, const Words& w) {
     v.v[i] = t.code[j % 2 ? w.bytes[4 * i + j / 2] & 15 : w.bytes[4 * i + j / 2] >> 4];
   return v;
 }
+constexpr int64_t kGroup = 64;
+constexpr int64_t group_place(int64_t k) { return k; }
+inline void decode_group(CodeTable t, Vec scale, const uint8_t* p, float* out) {
+  for (int k = 0; k < kGroup; k += Vec::kWidth) store(out + k, mul(lookup(t, p + k / 2), scale));
+}
+inline void restore_group(const float* c, float* y) { std::memcpy(y, c, kGroup * sizeof(float)); }
 template <int n>
 inline Vec spread(const float* p) {
   static_assert(n == 1, "of four lanes");
