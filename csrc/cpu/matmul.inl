@@ -84,6 +84,8 @@ class Matmul {
   static constexpr int kDepth = K::kDepth;  // contraction per chunk
   // Columns of a panel that lie together: a strip stays in L1 while rows of x pass.
   static constexpr int64_t kStrip = K::kStrip;
+  static_assert(K::kPanelRows / K::kShortPanels % Vec::kWidth == 0,
+                "panel_of_w transposes whole vectors of C");
   static_assert(K::kPanelColumns % kStrip == 0 && (kPair > 1 || kStrip == K::kPanelColumns), "whole strips");
 
  public:

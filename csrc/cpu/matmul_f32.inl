@@ -16,7 +16,7 @@ struct F32Kernel {
   static constexpr int kMaxVectors = kLanes == 16 ? 4 : 3;
   static constexpr int kDepth = 320;
   static constexpr int kPanelRows = 192;
-  static constexpr int kShortPanels = 8;  // 24 rows for few rows of x: a panel that L1 holds
+  static constexpr int kShortPanels = 6;  // 32 rows for few rows of x: a panel that L1 holds
   static constexpr int kPanelColumns = kLanes == 16 ? 128 : 192;
   static constexpr int kStrip = kPanelColumns;
   static constexpr bool kAcross = false;
