@@ -34,7 +34,7 @@ from peftkern import QuantizedWeight, reference
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SCALING = 2.0
-MAX_COPIES = 2048
+MAX_COPIES = 8192
 COLD_FACTOR = 3  # copies of the weight in all, in last-level caches
 
 
