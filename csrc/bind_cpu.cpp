@@ -224,6 +224,13 @@ void set_addend(MatmulParams& p, const TensorView& t, const TensorView& u) {
   p.u = matrix(u);
 }
 
+// rows, rank: of a matrix that the kernels make for themselves
+void expect_fits(const char* names, const char* matrix, int64_t rows, int64_t rank) {
+  if (int64_t elements; __builtin_mul_overflow(rows, rank, &elements) || elements > kMostElements)
+    throw py::value_error(text(names, ": expected at most 2^48 elements of ", matrix, " [M, R], got shape [",
+                               rows, ", ", rank, "]"));
+}
+
 void bind_matmul(py::handle out_object, py::handle x, py::handle weight, bool transposed, float alpha,
                  py::handle t, py::handle u, py::handle bias, py::handle spread_object, int threads) {
   MatmulParams p;
@@ -260,30 +267,40 @@ void bind_linear(py::handle out_object, py::handle t_object, py::handle x, py::h
   LinearParams p;
   p.out.threads = checked_threads(threads);
   p.scaling = scaling;
-  const bool adapter = !t_object.is_none();
-  if (a_object.is_none() == adapter || b_object.is_none() == adapter) {
+  const bool adapter = !a_object.is_none();
+  if (b_object.is_none() == adapter || (!adapter && !t_object.is_none())) {
     const auto given = [](py::handle object) { return object.is_none() ? "None" : "a value"; };
-    throw py::value_error(text("t, A, B: expected all or none of them, got ", given(t_object), ", ",
-                               given(a_object), " and ", given(b_object)));
+    throw py::value_error(text("A, B: expected both or neither of them, and t only beside them, got ",
+                               given(a_object), ", ", given(b_object), " and ", given(t_object)));
   }
   const TensorView out = matrix_view("out", out_object);
   Outputs outputs(out);
-  TensorView t;
-  if (adapter) {
+  std::optional<TensorView> t;
+  if (!t_object.is_none()) {
     t = matrix_view("t", t_object);
-    expect_flat(t, t.numel);
-    outputs.add(t);
+    expect_flat(*t, t->numel);
+    outputs.add(*t);
   }
   set_sides(p.out, out, x, outputs);
   set_packed_weight(p.out, weight, outputs);
   if (adapter) {
     const TensorView a = input_matrix("A", a_object, outputs), b = input_matrix("B", b_object, outputs);
-    set_addend(p.out, t, b);
-    if (static_cast<DType>(t.dtype) != p.out.x.dtype)
-      throw py::value_error(text("t: expected x's dtype, ", name_of(static_cast<ScalarType>(p.out.x.dtype)),
-                                 ", got ", name_of(t.dtype)));
-    expect_shape(a, {t.shape[1], p.out.inner});
-    p.a = matrix(a);
+    const int64_t rank = t ? t->shape[1] : a.shape[0];
+    if (t) {
+      expect_shape(*t, {p.out.rows, rank});
+      if (static_cast<DType>(t->dtype) != p.out.x.dtype)
+        throw py::value_error(text("t: expected x's dtype, ", name_of(static_cast<ScalarType>(p.out.x.dtype)),
+                                   ", got ", name_of(t->dtype)));
+    }
+    expect_shape(a, {rank, p.out.inner});
+    expect_shape(b, {p.out.outputs, rank});
+    expect_fits("x, A", "t", p.out.rows, rank);
+    if (rank) {
+      p.out.rank = rank;
+      p.a = matrix(a);
+      p.out.u = matrix(b);
+      if (t) p.out.t = matrix(*t);
+    }
   }
   p.out.bias = bias_vector(bias, p.out.outputs, outputs);
   py::gil_scoped_release release;
@@ -336,9 +353,7 @@ void bind_linear_grad(py::handle dx_object, py::handle da_object, py::handle db_
     p.inner = da ? da->shape[1] : x ? x->shape[1] : a ? a->shape[1] : 0;
   }
   p.rank = da ? da->shape[0] : db ? db->shape[1] : b ? b->shape[1] : t ? t->shape[1] : a ? a->shape[0] : 0;
-  if (int64_t elements; __builtin_mul_overflow(p.rows, p.rank, &elements) || elements > kMostElements)
-    throw py::value_error(
-        text("dY, B: expected at most 2^48 elements of G [M, R], got shape [", p.rows, ", ", p.rank, "]"));
+  expect_fits("dY, B", "G", p.rows, p.rank);
   const auto take = [](Matrix& to, const Given& from, std::initializer_list<int64_t> shape) {
     if (!from) return;
     expect_shape(*from, shape);
@@ -703,7 +718,8 @@ void define(py::module_& m) {
         arg("alpha"), arg("t"), arg("u"), arg("bias"), arg("spread"), arg("threads"),
         "out[m, o] = alpha * (sum_c x[m, c] w(o, c) + sum_r t[m, r] u[o, r]) + bias[o] + spread(m, o)");
   m.def("linear", bind_linear, arg("out"), arg("t"), arg("x"), arg("weight"), arg("A"), arg("B"),
-        arg("scaling"), arg("bias"), arg("threads"), "t = scaling * x Aᵀ, then out = x Wᵀ + t Bᵀ + bias");
+        arg("scaling"), arg("bias"), arg("threads"),
+        "t = scaling * x Aᵀ, None unless it is wanted, then out = x Wᵀ + t Bᵀ + bias");
   m.def("linear_grad", bind_linear_grad, arg("dx"), arg("dA"), arg("dB"), arg("dbias"), arg("dY"), arg("x"),
         arg("weight"), arg("A"), arg("B"), arg("t"), arg("scaling"), arg("threads"),
         "dx = dY W + G A, dA = Gᵀ x, dB = dYᵀ t, dbias = the sum of dY's rows, with G = scaling * dY B");

@@ -99,7 +99,7 @@ struct MatmulParams {
 // Forward of a linear layer with a low-rank adapter:
 //   t = scaling * x Aᵀ [rows, rank], rounded to x's dtype        out = x Wᵀ + t Bᵀ + bias
 struct LinearParams {
-  MatmulParams out;  // plain; t is where it is to be written, u is B; rank = 0: no adapter
+  MatmulParams out;  // plain; t is where it is to be written, if anywhere, u is B; rank = 0: no adapter
   Matrix a;          // [rank, inner]
   float scaling = 1.0f;
 };

@@ -755,6 +755,8 @@ def test_linear_is_its_products(case: tuple[Any, ...], dtype: torch.dtype, isa: 
             linear_grad(**{**a, **found, "threads": threads})
             for name, value in found.items():
                 assert torch.equal(value, expected[name]), (name, parameter, threads)
+            out = linear(**{**a, "out": unwritten(expected["out"]), "t": None, "threads": threads})["out"]
+            assert torch.equal(out, expected["out"]), ("without t", parameter, threads)
         for name in GRADIENTS:
             needed = {k: a[k] if k in a else expected[k] for k in NEEDS[name]}
             nothing = dict.fromkeys((*GRADIENTS, "x", "weight", "A", "B", "t"))
@@ -805,10 +807,11 @@ def test_linear_refuses_tensors(
     call: Callable[..., Any], argument: str, shape: tuple[int, ...], kind: str
 ) -> None:
     bad = {**NOT_TENSORS, **BAD_TENSORS}[kind](*shape)
-    if kind == "None" and (argument == "bias" or (call is linear_grad and argument in GRADIENTS)):
+    optional = ("t", "bias") if call is linear else GRADIENTS
+    if kind == "None" and argument in optional:
         call(**{argument: bad})
         return
-    name = rf"({argument}|t, A, B|A, B)"
+    name = rf"({argument}|A, B)"
     if kind.startswith("one"):  # which of them is wrong cannot be said
         name = r"\w+"
     with pytest.raises((TypeError, ValueError), match=rf"^{name}: expected .*, got ") as caught:
@@ -820,8 +823,24 @@ def test_linear_refuses_tensors(
 @pytest.mark.parametrize(
     ("call", "change", "error", "message"),
     [
-        (linear, {"t": None}, ValueError, "t, A, B: expected all or none .*, got None, a value and a value"),
-        (linear, {"A": None, "B": None}, ValueError, "t, A, B: expected all or none .*, got a value, None"),
+        (linear, {"A": None}, ValueError, "A, B: expected both or neither .*, got None, a value and a value"),
+        (linear, {"A": None, "B": None}, ValueError, "A, B: expected both .*, got None, None and a value"),
+        (linear, {"t": None, "B": None}, ValueError, "A, B: expected both .*, got a value, None and None"),
+        (linear, {"t": None, "B": torch.zeros(N, R + 1)}, ValueError, r"B: expected shape \[64, 4\], got"),
+        (
+            linear,
+            {
+                "t": None,
+                "x": torch.empty(1 << 30, 0),
+                "A": torch.empty(1 << 30, 0),
+                "B": torch.empty(0, 1 << 30),
+                "out": torch.empty(1 << 30, 0),
+                "bias": None,
+                "weight": (torch.empty(0, dtype=torch.uint8), torch.empty(0), None, "nf4", 64, 0, 0),
+            },
+            ValueError,
+            r"x, A: expected at most 2\^48 elements of t \[M, R\], got shape \[1073741824, 1073741824\]",
+        ),
         (
             linear,
             {"t": torch.empty(M, R).half()},

@@ -28,6 +28,10 @@ void product(const Matrix& out, int64_t rows, int64_t outputs, const Matrix& x, 
 
 int64_t size_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
+Matrix scratch_matrix(int64_t rows, int64_t columns, DType dtype) {
+  return {operand_scratch(static_cast<size_t>(rows * columns * size_of(dtype))), dtype, columns, 1};
+}
+
 // From row m on, which exists: one row alone may have any stride.
 Matrix rows_from(Matrix a, int64_t m) {
   if (a.data && m) a.data = static_cast<char*>(a.data) + m * a.stride0 * size_of(a.dtype);
@@ -45,26 +49,27 @@ Matrix one(DType dtype) {
 }  // namespace
 
 void linear(const LinearParams& p) {
-  if (p.out.rank) {
+  MatmulParams out = p.out;
+  if (out.rank) {
+    if (!out.t.data) out.t = scratch_matrix(out.rows, out.rank, out.x.dtype);
     MatmulParams t;
-    t.rows = p.out.rows;
-    t.inner = p.out.inner;
-    t.outputs = p.out.rank;
-    t.x = p.out.x;
+    t.rows = out.rows;
+    t.inner = out.inner;
+    t.outputs = out.rank;
+    t.x = out.x;
     t.dense = p.a;
     t.alpha = p.scaling;
-    t.out = p.out.t;
-    t.threads = p.out.threads;
+    t.out = out.t;
+    t.threads = out.threads;
     matmul(t);
   }
-  matmul(p.out);
+  matmul(out);
 }
 
 void linear_grad(const LinearGradParams& p) {
   Matrix g;
   if (p.rank && (p.da.data || (p.dx.data && p.a.data))) {
-    const size_t elements = static_cast<size_t>(p.rows) * static_cast<size_t>(p.rank);
-    g = {operand_scratch(elements * static_cast<size_t>(size_of(p.dy.dtype))), p.dy.dtype, p.rank, 1};
+    g = scratch_matrix(p.rows, p.rank, p.dy.dtype);
     product(g, p.rows, p.rank, p.dy, p.outputs, p.b, p.scaling, p.threads);
   }
   if (p.da.data) product(p.da, p.rank, p.inner, transposed(g), p.rows, p.x, 1.0f, p.threads);
@@ -101,8 +106,7 @@ void mora_linear(const MoraParams& p) {
   if (!rows) return;
   const int64_t parts = (rows + most - 1) / most;
   const int64_t part = (rows + parts - 1) / parts;
-  const size_t floats = static_cast<size_t>(part) * static_cast<size_t>(columns);
-  const Matrix values = {operand_scratch(floats * sizeof(float)), DType::f32, columns, 1};
+  const Matrix values = scratch_matrix(part, columns, DType::f32);
   MoraParams v = p;
   v.out = MatmulParams();
   v.out.outputs = v.out.spread.columns = v.out.spread.length = columns;

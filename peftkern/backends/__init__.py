@@ -19,9 +19,10 @@ matmul is no row: it is what a backend makes its rows of, and what those that ar
         "weight":    of a dense W, transposed; then no t, bias, spread
         "addend":    of sum_r t[m, r] u[o, r], [M, outputs]; then t and u, alpha = 1, no spread
     linear(out, T, x, weight, A, B, scaling, dropout, bias)
-        the frozen layer and, unless T, A and B are None, its low-rank adapter; A [R, K] and B [N, R]:
+        the frozen layer and, unless A and B are None, its low-rank adapter; A [R, K] and B [N, R]:
         T = scaling * dropout(x) Aᵀ [M, R] of x's dtype, contiguous      out = x Wᵀ + T Bᵀ + bias [M, N]
-        weight as in matmul, a dense one of x's dtype; dropout None or (p, seed)
+        T is where it is to be written, or None; weight as in matmul, a dense one of x's dtype; dropout None
+        or (p, seed)
     linear_grad(dx, dA, dB, dbias, dY, x, weight, A, B, T, scaling, dropout)
         what is not asked for is None, and so may be what only that needs; with G = scaling * dY B [M, R]:
         dx = dY W + dropout(G A)    dA = Gᵀ dropout(x)    dB = dYᵀ T    dbias = sum_m dY[m]

@@ -47,7 +47,9 @@ class ComposedLinear(NamedTuple):
         dropout: Dropout | None,
         bias: Tensor | None,
     ) -> None:
-        if T is not None:
+        if A is not None:
+            if T is None:
+                T = x.new_empty(x.shape[0], A.shape[0])
             mask = None if dropout is None else ("x", *dropout)
             self.matmul(T, x, A, False, scaling, None, None, None, None, mask)
         self._base(out, x, weight, False, T, B, bias, None)

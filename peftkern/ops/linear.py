@@ -41,18 +41,21 @@ def _product(
     scaling: float,
     p: float,
     seed: Tensor | None,
+    keep: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Y = X Wᵀ + T Bᵀ + b [M, N]; T = s / (1 - p) · dropout(X) Aᵀ [M, R], None where there is no adapter."""
-    y, T = _outputs(x, A, weight)
+    """Y = X Wᵀ + T Bᵀ + b [M, N]; T = s / (1 - p) · dropout(X) Aᵀ [M, R], to keep, if there is an adapter."""
+    y, T = _outputs(x, A, weight, keep)
     dropout = None if seed is None else (p, seed)
     find("linear", x.device, x.dtype)(y, T, x, weight, A, B, adapter_scale(scaling, p), dropout, bias)
     return y, T
 
 
-def _outputs(x: Tensor, A: Tensor | None, weight: Weight4 | Tensor) -> tuple[Tensor, Tensor | None]:
+def _outputs(
+    x: Tensor, A: Tensor | None, weight: Weight4 | Tensor, keep: bool
+) -> tuple[Tensor, Tensor | None]:
     rows = x.shape[0]
     y = x.new_empty(rows, weight[5] if isinstance(weight, tuple) else weight.shape[0])
-    return y, None if A is None else x.new_empty(rows, A.shape[0])
+    return y, x.new_empty(rows, A.shape[0]) if keep and A is not None else None
 
 
 # dx, dA, dB, dbias: those that are asked for
@@ -119,12 +122,12 @@ def bias_grad(traced: bool, dY: Tensor, dtype: torch.dtype | None) -> Tensor | N
 
 def _linear_op(x: Tensor, A: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
     B, bias, *weight, scaling, p, seed = args
-    return full(x, _product(x, A, B, bias, unflat(*weight), scaling, p, seed))  # type: ignore[arg-type]
+    return full(x, _product(x, A, B, bias, unflat(*weight), scaling, p, seed, True))  # type: ignore[arg-type]
 
 
 def _linear_op_fake(x: Tensor, A: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
     _, _, *weight, _, _, _ = args
-    return full(x, _outputs(x, A, unflat(*weight)))  # type: ignore[arg-type]
+    return full(x, _outputs(x, A, unflat(*weight), True))  # type: ignore[arg-type]
 
 
 def _linear_backward_op(dY: Tensor, *args: Any) -> tuple[Tensor, ...]:
@@ -166,14 +169,15 @@ def _forward(
     scaling: float,
     p: float,
     seed: Tensor | None,
+    keep: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    """Y [..., N] and T [M, R]."""
+    """Y [..., N] and T [M, R], if it is to be kept."""
     rows = x if x.ndim == 2 else as_rows(x, x.shape[-1])
     if traced:
         y, T = OPS.linear(rows, A, B, bias, *flat(weight), scaling, p, seed)
         T = None if A is None else T
     else:
-        y, T = _product(rows, A, B, bias, weight, scaling, p, seed)
+        y, T = _product(rows, A, B, bias, weight, scaling, p, seed, keep)
     return like_rows(y, x), T
 
 
@@ -246,7 +250,7 @@ class _Linear(torch.autograd.Function):
         p: float,
     ) -> Tensor:
         weight: Any = dense if quantized is None else quantized.kernel_args
-        y, T = _forward(False, x, A, B, bias, weight, scaling, p, seed)
+        y, T = _forward(False, x, A, B, bias, weight, scaling, p, seed, ctx.needs_input_grad[2])
         ctx.op = "linear_4bit" if A is None else "lora_linear"
         tensors, spec = NO_WEIGHT if quantized is None else flatten_weight(quantized)
         _save(ctx, x, A, B, bias, dense, seed, tensors, spec, scaling, p, T)
@@ -329,7 +333,7 @@ def linear(
     if needs_graph(x, A, B, bias, dense):
         return _apply(x, A, B, bias, dense, seed, quantized, scaling, p)  # type: ignore[no-any-return]
     operand: Any = dense if quantized is None else quantized.kernel_args
-    return _forward(False, x, A, B, bias, operand, scaling, p, seed)[0]
+    return _forward(False, x, A, B, bias, operand, scaling, p, seed, False)[0]
 
 
 # ---- the public op

@@ -76,6 +76,13 @@ def _rotation(size: int, blocks: int, device: torch.device) -> Tensor:
         return reference.rotation_table(size, blocks, device)
 
 
+@lru_cache(maxsize=128)  # shapes of a model
+def _middle(kind: int | str, size: int, inputs: int, outputs: int, device: torch.device) -> Middle:
+    plan = _plan(kind, size, inputs, outputs)
+    table = _rotation(size, plan.blocks, device) if plan.rotated else None
+    return Middle(plan.inner, plan.outer, plan.blocks * size, table)
+
+
 def _product(
     x: Tensor,
     matrix: Tensor,
@@ -88,9 +95,8 @@ def _product(
 ) -> tuple[Tensor, Tensor | None]:
     """x Wᵀ + bias + scaling · mora(x), [M, outputs]; z [M, r̂], to keep where there is one block."""
     size = matrix.shape[0]
-    plan = _plan(kind, size, x.shape[1], outputs)
-    out, z = _outputs(x, size, outputs, keep and plan.blocks == 1)
-    middle = Middle(plan.inner, plan.outer, plan.blocks * size, _table(plan, size, x.device))
+    middle = _middle(kind, size, x.shape[1], outputs, x.device)
+    out, z = _outputs(x, size, outputs, keep and middle.columns == size)
     find("mora", x.device, x.dtype)(out, z, x, weight, False, matrix, scaling, bias, middle)
     return out, z
 
@@ -114,14 +120,13 @@ def _gradients(
     several, dM = scaling · Σ gᵀ z in fp32, over rows and blocks."""
     dx, dM = _empty_gradients(dY, source, matrix, inputs, size)
     rows, outputs = dY.shape
-    plan = _plan(kind, size, inputs, outputs)
-    columns, table = plan.blocks * size, _table(plan, size, dY.device)
-    g = dY.new_empty(rows, size) if plan.blocks == 1 and source is not None else None
+    inner, outer, columns, table = _middle(kind, size, inputs, outputs, dY.device)
+    g = dY.new_empty(rows, size) if columns == size and source is not None else None
     if matrix is not None:
-        middle = Middle(plan.outer, plan.inner, columns, table)
+        middle = Middle(outer, inner, columns, table)
         find("mora", dY.device, dY.dtype)(dx, g, dY, weight, True, matrix, scaling, None, middle)
     elif g is not None:
-        find("compress", dY.device, dY.dtype)(g, dY, *plan.outer, None, False)
+        find("compress", dY.device, dY.dtype)(g, dY, *outer, None, False)
     if source is not None:
         given = dY if g is None else g
         find("mora_grad", dY.device, dY.dtype)(dM, given, source, scaling, columns, table)
@@ -134,10 +139,6 @@ def _empty_gradients(
     """Memory for those that are asked for."""
     dx = None if matrix is None else dY.new_empty(dY.shape[0], inputs)
     return dx, None if source is None else dY.new_empty(size, size, dtype=torch.float32)
-
-
-def _table(plan: _Plan, size: int, device: torch.device) -> Tensor | None:
-    return _rotation(size, plan.blocks, device) if plan.rotated else None
 
 
 # ---- library ops
