@@ -38,7 +38,7 @@ SIZES += [(140, 1024, 640)]
 # of x meet 16 of W.
 SIZES += [(90, 40, 4224), (33, 33, 11264), (50, 40, 4224), (70, 40, 7168)]
 # Groups of 64 weights in their own order, in blocks of rows and chunks, and transposed in short chunks.
-SIZES += [(310, 72, 704), (16, 200, 704)]
+SIZES += [(310, 192, 704), (16, 192, 704)]
 LAYOUTS = ["rows", "apart", "odd", "columns"]
 
 
@@ -123,14 +123,29 @@ def test_layouts(size: tuple[int, int, int], transposed: bool, layout: str, at: 
 
 
 @pytest.mark.skipif("amx" not in ISAS, reason="needs the level amx (make test-amx has it emulated)")
-def test_amx_takes_outputs_in_ranges() -> None:
-    """A contraction in parts, of more outputs than wait between two of them."""
-    rows, outputs, inner = 225, 9330, 2304
+@pytest.mark.parametrize(
+    ("rows", "outputs", "inner"),
+    [
+        # more outputs than wait between two parts of a contraction
+        (225, 9330, 2304),
+        # units of 32 and of 16 rows of W whose pointers stay in registers, and the last, which are not whole
+        (2, 72, 640),
+        (48, 72, 640),
+        (64, 72, 640),
+        (80, 72, 640),
+        (100, 72, 640),
+    ],
+)
+def test_amx_reads_blocks_of_64_in_place(rows: int, outputs: int, inner: int) -> None:
     x = torch.randn(rows, inner).bfloat16()
     weight = peftkern.quantize_4bit(torch.randn(outputs, inner))
-    out = torch.full((rows, outputs), torch.nan)
+    found = []
     with use_isa("amx"):
-        _cpu.matmul(out, x, weight.kernel_args, False, 1.0, None, None, None, None, 2)
+        for threads in (1, 2):
+            out = torch.full((rows, outputs), torch.nan)
+            _cpu.matmul(out, x, weight.kernel_args, False, 1.0, None, None, None, None, threads)
+            found.append(out)
         compute = bounds.compute_dtype(torch.bfloat16)
     operand = bounds.operand(reference.dequantize_4bit(weight, torch.float32), compute)
-    bounds.check("out", out, bounds.matmul(bounds.exact(x), operand, torch.float32))
+    bounds.check("out", found[1], bounds.matmul(bounds.exact(x), operand, torch.float32))
+    assert torch.equal(found[0], found[1])

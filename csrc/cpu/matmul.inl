@@ -84,13 +84,18 @@ class Matmul {
   static constexpr int kDepth = K::kDepth;  // contraction per chunk
   // Columns of a panel that lie together: a strip stays in L1 while rows of x pass.
   static constexpr int64_t kStrip = K::kStrip;
-  static_assert(K::kPanelRows / K::kShortPanels % Vec::kWidth == 0,
+  static_assert(K::kPanelRows % K::kShortPanels == 0 && K::kPanelRows / K::kShortPanels % Vec::kWidth == 0,
                 "panel_of_w transposes whole vectors of C");
   static_assert(K::kPanelColumns % kStrip == 0 && (kPair > 1 || kStrip == K::kPanelColumns), "whole strips");
+  static_assert(kStrip % kLanes == 0 && (!K::kGroups || kStrip % kGroup == 0), "of whole vectors and groups");
+  static_assert(kDepth % kGroup == 0 && K::kShortDepth % kGroup == 0, "chunks of whole groups");
 
  public:
-  static constexpr int kRowStride =
-      kDepth + 64 / static_cast<int>(sizeof(Elem));     // A's rows: no two on one cache set
+  // A's rows, of a chunk: no two on one cache set.
+  static constexpr int64_t row_stride(int64_t depth) {
+    return depth + 64 / static_cast<int64_t>(sizeof(Elem));
+  }
+  static constexpr int64_t kRowStride = row_stride(kDepth);
   static constexpr int64_t kPiece = 4 * K::kRowSplitX;  // rows of x that meet a panel at a time
 
   explicit Matmul(const MatmulParams& params)
@@ -119,6 +124,11 @@ class Matmul {
     // Narrower, when there would be few of them to share out; but each packs x anew if that is left to it.
     if (x_rows && !by_piece(segments[0]) && ceil_div(p.outputs, panel_outputs) * blocks < kTasks * p.threads)
       panel_outputs = kStrip;
+    // So are those of one strip, or of rows of W, where threads are many.
+    const int64_t least = x_rows ? kGroup : K::kRowSplitW;
+    while (kPair == 1 && panel_outputs >= 2 * least &&
+           ceil_div(p.outputs, panel_outputs) * (x_rows ? blocks : 1) < 4 * p.threads)
+      panel_outputs = x_rows ? least : panel_outputs / 2;
   }
 
   void run() {
@@ -134,8 +144,8 @@ class Matmul {
     const int64_t row_splits =
         blocks * panels >= 4 * threads ? 1 : min_of<int64_t>(min_of(row_groups, most), threads);
 
-    const int64_t x_elems = x_rows ? packed_chunks() * block_rows * kRowStride
-                                   : (segments[0].padded + segments[1].padded) * block_pad;
+    const int64_t x_elems =
+        x_rows ? packed_columns() * block_rows : (segments[0].padded + segments[1].padded) * block_pad;
     const size_t x_bytes = align64(static_cast<size_t>(x_elems) * sizeof(Elem));
     const size_t panel_bytes = align64(
         static_cast<size_t>(x_rows ? kDepth * K::kPanelColumns : panel_outputs * kRowStride) * sizeof(Elem));
@@ -194,9 +204,9 @@ class Matmul {
   }
 
   // A from x whose columns are contiguous: kLanes rows at most, kPair columns make a word, words are
-  // transposed: out[r][kRowStride], zero from n on.
+  // transposed: out[r][stride], zero from n on.
   static void pack_rows_across(const Matrix& x, int64_t m, int64_t rows, int64_t c, int64_t n, int64_t depth,
-                               Elem* out) {
+                               Elem* out, int64_t stride) {
     constexpr int kStep = Vec::kWidth * kPair;
     alignas(64) Elem pair[2][kLanes] = {};
     alignas(64) float words[Vec::kWidth][kLanes], turned[kLanes][Vec::kWidth];
@@ -225,7 +235,7 @@ class Matmul {
       for (int r = 0; r < kLanes; r += Vec::kWidth) transpose(&words[0][r], kLanes, turned[r], Vec::kWidth);
       const int64_t count = min_of<int64_t>(kStep, depth - i);
       for (int64_t r = 0; r < rows; ++r) {
-        Elem* to = out + r * kRowStride + i;
+        Elem* to = out + r * stride + i;
         if (count == kStep) {
           std::memcpy(to, turned[r], sizeof(turned[r]));
         } else {
@@ -295,9 +305,11 @@ class Matmul {
   static size_t align64(size_t bytes) { return (bytes + 63) & ~static_cast<size_t>(63); }
   static int64_t chunks(const Segment& s) { return s.padded ? ceil_div(s.padded, s.depth) : 0; }
   int64_t chunks() const { return chunks(segments[0]) + chunks(segments[1]); }
-  int64_t packed_chunks() const {
+  // Of x_packed's chunks, with their rows' distance.
+  int64_t packed_columns() const {
     int64_t count = 0;
-    for (const Segment& s : segments) count += s.source == Source::packed ? chunks(s) : 0;
+    for (const Segment& s : segments)
+      count += s.source == Source::packed ? chunks(s) * row_stride(s.depth) : 0;
     return count;
   }
 
@@ -330,20 +342,21 @@ class Matmul {
     }
   }
 
-  // A operand: x_packed[chunk][m][kRowStride], the tail of each chunk zero.
+  // A operand: x_packed[chunk][m][row_stride], the tail of each chunk zero.
   void pack_rows(int64_t m0, int64_t begin, int64_t end) {
     Elem* chunk = x_packed;
     for (const Segment& s : segments) {
       if (s.source != Source::packed) continue;
-      for (int64_t c = 0; c < s.padded; c += s.depth, chunk += block_rows * kRowStride) {
+      const int64_t stride = row_stride(s.depth);
+      for (int64_t c = 0; c < s.padded; c += s.depth, chunk += block_rows * stride) {
         const int64_t depth = min_of(s.depth, s.padded - c);
         const int64_t n = max_of<int64_t>(0, min_of(depth, s.length - c));
         if (s.x.stride0 == 1 && s.x.stride1 != 1 && end - begin <= kLanes) {
-          pack_rows_across(s.x, m0 + begin, end - begin, c, n, depth, chunk + begin * kRowStride);
+          pack_rows_across(s.x, m0 + begin, end - begin, c, n, depth, chunk + begin * stride, stride);
           continue;
         }
         for (int64_t m = begin; m < end; ++m) {
-          Elem* row = chunk + m * kRowStride;
+          Elem* row = chunk + m * stride;
           read_row(s.x, m0 + m, c, n, row);
           std::memset(row + n, 0, static_cast<size_t>(depth - n) * sizeof(Elem));
         }
@@ -402,17 +415,19 @@ class Matmul {
     epilogue.begin(o0, outputs, columns);
     int64_t left = chunks();
     bool empty = true;
-    const Elem* packed = x_packed + begin * kRowStride;
+    const Elem* packed = x_packed;
     for (const Segment& s : segments) {
+      const int64_t packed_stride = row_stride(s.depth);
       const bool across = s.source == Source::across, copied = s.source == Source::copied;
       const bool whole = copied || s.source == Source::in_place;  // rows of x
       for (int64_t c = 0; c < s.padded; c += s.depth) {
         const int64_t depth = min_of(s.depth, s.padded - c);
         const int64_t n = max_of<int64_t>(0, min_of(depth, s.length - c));
         fill_panel(s, o0, outputs, c, n, depth, w.panel);
-        const Elem* a = whole ? static_cast<const Elem*>(s.x.data) + (m0 + begin) * s.x.stride0 + c : packed;
-        const int64_t a_stride = whole ? s.x.stride0 : kRowStride;
-        if (s.source == Source::packed) packed += block_rows * kRowStride;
+        const int64_t a_stride = whole ? s.x.stride0 : packed_stride;
+        const Elem* a = whole ? static_cast<const Elem*>(s.x.data) + (m0 + begin) * a_stride + c
+                              : packed + begin * a_stride;
+        if (s.source == Source::packed) packed += block_rows * packed_stride;
         const bool last = !--left;
         for (int64_t m = begin; m < end; m += kPiece, a += kPiece * a_stride) {
           const int64_t rows = min_of(kPiece, end - m);

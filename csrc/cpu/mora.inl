@@ -319,7 +319,7 @@ class MoraGrad {
         } else {
           for (int64_t r = 0; r < rows; r += K::kLanes)
             Driver::pack_rows_across(g, i + r, min_of<int64_t>(K::kLanes, rows - r), k, n, some,
-                                     room.piece + r * Driver::kRowStride);
+                                     room.piece + r * Driver::kRowStride, Driver::kRowStride);
         }
         for (int64_t j = 0; j < strips; ++j) {
           const int64_t vectors = ceil_div(min_of(kStrip, p.size - j * kStrip), K::kLanes);
