@@ -302,7 +302,7 @@ def main(
         float | None, typer.Option(help="begin no case after so long; 6 without arguments")
     ] = None,
     full: Annotated[bool, typer.Option("--full", help="every shape, M and cache state: hours")] = False,
-    goals: Annotated[bool, typer.Option("--goals", help="the goals and what was measured")] = False,
+    goals: Annotated[bool, typer.Option("--goals", help="measure what the goals speak of")] = False,
     out: Annotated[Path | None, typer.Option(help="folder of the CSV and the plots")] = None,
     write: Annotated[bool, typer.Option(help="write the CSV and the plots")] = True,
 ) -> None:
