@@ -53,8 +53,8 @@ struct F32Kernel {
   }
 
   static void reorder(float* x) {
-    float y[kGroup];
-    for (int64_t k = 0; k < kGroup; ++k) y[group_place(k)] = x[k];
+    alignas(64) float y[kGroup];
+    reorder_group(x, y);
     std::memcpy(x, y, sizeof(y));
   }
   static void restore(const float* c, float* y) { restore_group(c, y); }

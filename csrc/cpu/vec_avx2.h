@@ -217,6 +217,7 @@ inline void transpose(const float* src, int64_t src_stride, float* dst, int64_t 
   }
 }
 
+inline void reorder_group(const float* y, float* c) { transpose(y, 8, c, 8); }
 inline void restore_group(const float* c, float* y) { transpose(c, 8, y, 8); }
 
 inline Vec permute(Vec v, const int32_t* lanes) {

@@ -206,6 +206,15 @@ inline void transpose(const float* src, int64_t src_stride, float* dst, int64_t 
   }
 }
 
+// Lane l of vector v is weight 8 (l % 8) + v, + 4 in the upper half: of rows 0 to 3 of eight weights, then of 4 to 7.
+inline void reorder_group(const float* y, float* c) {
+  const __m512 y0 = _mm512_loadu_ps(y), y1 = _mm512_loadu_ps(y + 16);
+  const __m512 y2 = _mm512_loadu_ps(y + 32), y3 = _mm512_loadu_ps(y + 48);
+  __m512i at = _mm512_setr_epi32(0, 8, 16, 24, 0, 8, 16, 24, 4, 12, 20, 28, 4, 12, 20, 28);
+  for (int v = 0; v < 4; ++v, at = _mm512_add_epi32(at, _mm512_set1_epi32(1)))
+    _mm512_storeu_ps(c + 16 * v, _mm512_mask_blend_ps(0xf0f0, _mm512_permutex2var_ps(y0, at, y1),
+                                                      _mm512_permutex2var_ps(y2, at, y3)));
+}
 // Two rounds in 128-bit lanes bring four rows of c across, for i and for i + 4, below and above; a third sorts lanes.
 inline void restore_group(const float* c, float* y) {
   const __m512 c0 = _mm512_loadu_ps(c), c1 = _mm512_loadu_ps(c + 16);

@@ -9,6 +9,7 @@
 //   lookup<j>(table, words) lane i is weight 8 i + j
 //   half_words(p)           4 kWidth weights: lookup<j>, j < 4, has 8 i + j in the lower lanes, 8 i + j + 4 in the upper
 //   decode_group(table, scale, p, out)  64 weights in the order that is least work: out[group_place(k)] is weight k
+//   reorder_group(y, c)     c[group_place(k)] = y[k]
 //   restore_group(c, y)     y[k] = c[group_place(k)]
 //   spread<n>(p)            n <= kWidth / 4 floats, each in kWidth / n neighbouring lanes
 //   BlockTable<T>           the 16 values round(code * absmax) of one block, as T
@@ -159,6 +160,7 @@ constexpr int64_t group_place(int64_t k) { return k; }
 inline void decode_group(CodeTable t, Vec scale, const uint8_t* p, float* out) {
   for (int k = 0; k < kGroup; k += Vec::kWidth) store(out + k, mul(lookup(t, p + k / 2), scale));
 }
+inline void reorder_group(const float* y, float* c) { std::memcpy(c, y, kGroup * sizeof(float)); }
 inline void restore_group(const float* c, float* y) { std::memcpy(y, c, kGroup * sizeof(float)); }
 template <int n>
 inline Vec spread(const float* p) {
