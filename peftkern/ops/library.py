@@ -19,7 +19,12 @@ from peftkern.formats import QuantizedWeight
 from peftkern.ops.checks import PLAIN
 
 _unsafe_view: Any = torch.ops.aten._unsafe_view.default
-_VMAP_MODE: Any = torch._C._parse_dispatch_key("VmapMode")
+_empty_strided_cpu: Any = torch._C._dynamo.guards._empty_strided_cpu  # type: ignore[attr-defined]
+_is_included: Any = torch._C._dispatch_tls_is_dispatch_key_included
+_PYTHON, _FUNCTORCH, _VMAP_MODE, _TRACER = (
+    torch._C._parse_dispatch_key(key)
+    for key in ("Python", "FuncTorchDynamicLayerFrontMode", "VmapMode", "Tracer")
+)
 
 # packed, absmax, absmax2, code, offset: as a library op and save_for_backward take a 4-bit weight
 WeightTensors = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
@@ -31,13 +36,15 @@ NO_WEIGHT: tuple[tuple[None, ...], None] = ((None,) * 5, None)
 
 def is_direct(first: Tensor, *others: Tensor | None) -> bool:
     """Plain tensors that nothing watches: their memory may be handed to a kernel as it is."""
+    # One function asked four times, not four of them: where a layer's weights have gone through the caches, a
+    # call into code that was not called just before costs 2 µs.
     if (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._are_functorch_transforms_active()
+        torch.compiler.is_dynamo_compiling()
+        or _is_included(_PYTHON)  # a dispatch mode: export, make_fx, FakeTensorMode
+        or _is_included(_FUNCTORCH)  # vmap, grad, jvp
+        or _is_included(_VMAP_MODE)  # autograd.grad(is_grads_batched=True)
+        or _is_included(_TRACER)  # torch.jit.trace
         or forward_ad._current_level >= 0
-        or torch._C._dispatch_tls_is_dispatch_key_included(_VMAP_MODE)  # autograd.grad(is_grads_batched=True)
-        or torch._C._is_tracing()  # torch.jit.trace
     ):
         return False
     # a negative-bit view (z.conj().imag) shares its memory with its negation
@@ -47,6 +54,14 @@ def is_direct(first: Tensor, *others: Tensor | None) -> bool:
         if tensor is not None and (type(tensor) not in PLAIN or tensor.is_neg()):
             return False
     return True
+
+
+def fresh(like: Tensor, rows: int, columns: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Memory for a result [rows, columns] where `like` is, of its dtype if none is given."""
+    dtype = like.dtype if dtype is None else dtype
+    if like.is_cpu and type(like) in PLAIN:  # as inductor's code does: half of new_empty's time
+        return _empty_strided_cpu((rows, columns), (columns, 1), dtype)  # type: ignore[no-any-return]
+    return like.new_empty(rows, columns, dtype=dtype)
 
 
 def as_rows(x: Tensor, columns: int) -> Tensor:

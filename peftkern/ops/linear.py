@@ -20,6 +20,7 @@ from peftkern.ops.library import (
     as_rows,
     flat,
     flatten_weight,
+    fresh,
     full,
     is_direct,
     like_rows,
@@ -54,8 +55,8 @@ def _outputs(
     x: Tensor, A: Tensor | None, weight: Weight4 | Tensor, keep: bool
 ) -> tuple[Tensor, Tensor | None]:
     rows = x.shape[0]
-    y = x.new_empty(rows, weight[5] if isinstance(weight, tuple) else weight.shape[0])
-    return y, x.new_empty(rows, A.shape[0]) if keep and A is not None else None
+    y = fresh(x, rows, weight[5] if isinstance(weight, tuple) else weight.shape[0])
+    return y, fresh(x, rows, A.shape[0]) if keep and A is not None else None
 
 
 # dx, dA, dB, dbias: those that are asked for
@@ -98,11 +99,11 @@ def _empty_gradients(
     A_dtype, B_dtype, bias_dtype = dtypes
     dx = dA = dB = dbias = None
     if weight is not None:
-        dx = dY.new_empty(rows, weight[6] if isinstance(weight, tuple) else weight.shape[1])
+        dx = fresh(dY, rows, weight[6] if isinstance(weight, tuple) else weight.shape[1])
     if x is not None and B is not None:
-        dA = dY.new_empty(B.shape[1], x.shape[1], dtype=A_dtype)
+        dA = fresh(dY, B.shape[1], x.shape[1], A_dtype)
     if T is not None:
-        dB = dY.new_empty(outputs, T.shape[1], dtype=B_dtype)
+        dB = fresh(dY, outputs, T.shape[1], B_dtype)
     if bias_dtype is not None:
         dbias = dY.new_empty(outputs, dtype=bias_dtype)
     return dx, dA, dB, dbias

@@ -37,6 +37,7 @@ from peftkern.ops.library import (
     as_rows,
     flat,
     flatten_weight,
+    fresh,
     full,
     is_direct,
     like_rows,
@@ -103,7 +104,7 @@ def _product(
 
 def _outputs(x: Tensor, size: int, outputs: int, keep: bool) -> tuple[Tensor, Tensor | None]:
     rows = x.shape[0]
-    return x.new_empty(rows, outputs), x.new_empty(rows, size) if keep else None
+    return fresh(x, rows, outputs), fresh(x, rows, size) if keep else None
 
 
 def _gradients(
@@ -121,7 +122,7 @@ def _gradients(
     dx, dM = _empty_gradients(dY, source, matrix, inputs, size)
     rows, outputs = dY.shape
     inner, outer, columns, table = _middle(kind, size, inputs, outputs, dY.device)
-    g = dY.new_empty(rows, size) if columns == size and source is not None else None
+    g = fresh(dY, rows, size) if columns == size and source is not None else None
     if matrix is not None:
         middle = Middle(outer, inner, columns, table)
         find("mora", dY.device, dY.dtype)(dx, g, dY, weight, True, matrix, scaling, None, middle)
@@ -137,8 +138,8 @@ def _empty_gradients(
     dY: Tensor, source: Tensor | None, matrix: Tensor | None, inputs: int, size: int
 ) -> tuple[Tensor | None, Tensor | None]:
     """Memory for those that are asked for."""
-    dx = None if matrix is None else dY.new_empty(dY.shape[0], inputs)
-    return dx, None if source is None else dY.new_empty(size, size, dtype=torch.float32)
+    dx = None if matrix is None else fresh(dY, dY.shape[0], inputs)
+    return dx, None if source is None else fresh(dY, size, size, torch.float32)
 
 
 # ---- library ops
