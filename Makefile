@@ -114,10 +114,10 @@ sanitize: build ## the suite under AddressSanitizer and UndefinedBehaviorSanitiz
 	$(call build_variant,sanitize,-DPEFTKERN_SANITIZE=ON -DPEFTKERN_EMULATE_AMX=ON)
 	cd build/sanitize/site && LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 $(PYTEST_EMULATED)
 
-# torch's allocator would hide reads past a tensor's end
+# torch's allocator would hide reads past a tensor's end, the suite's poison reads of what nobody wrote
 sanitize-gpu: build ## on an NVIDIA GPU: compute-sanitizer's memcheck, racecheck and initcheck, each with its summary
 	for tool in memcheck racecheck initcheck; do \
-	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
+	  PEFTKERN_POISON=0 PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
 	    $(PY) -m pytest -q $(or $(ARGS),tests/test_cuda.py -k "not captured and not dense_copy") || exit 1; \
 	done
 

@@ -285,6 +285,7 @@ def cases(capability: int, everything: bool) -> Iterator[Case]:
             yield from square(8192, outputs, size, turned, fp16)
             for M in (16, 8192):
                 yield from square(M, outputs, size, turned, fp32)
+    yield from square(16, 5, 2, True, columns=6)  # half of r̂ is 1
     for size in (348, 389):  # x compressed: its rows are r̂ apart
         yield from square(8192, 11008, size, False, columns=size)
 

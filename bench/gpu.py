@@ -245,6 +245,10 @@ def finite(results: tuple[Tensor, ...]) -> bool:
     return all(bool(result.isfinite().all()) for result in results)
 
 
+def first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+
+
 def agree(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...]) -> str | None:
     """Both are the same sums rounded to bf16 a few times: root mean square within 4 roundings of 2^-8."""
     for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
@@ -354,12 +358,12 @@ def measure(op: str, weights: Weights, M: int, device: torch.device) -> Iterator
             try:
                 graph: Callable[[], None] | None = _graph(call, calls)
             except RuntimeError as error:
-                print(f"  {candidate.name}: no graph ({str(error).splitlines()[0]})")
+                print(f"  {candidate.name}: no graph ({first_line(error)})")
                 torch.cuda.synchronize()
                 graph = None
             ready.append((candidate.name, call, calls, graph))
         except Exception as error:
-            yield {**row, "status": f"unavailable: {type(error).__name__}: {str(error).splitlines()[0]}"}
+            yield {**row, "status": f"unavailable: {first_line(error)}"}
     eager: dict[str, list[float]] = {name: [] for name, *_ in ready}
     replayed: dict[str, list[float]] = {name: [] for name, *_ in ready}
     for _ in range(ROUNDS):
@@ -417,7 +421,7 @@ def _versions() -> str:
         try:
             found.append(f"{name} {__import__(name).__version__}")
         except Exception as error:  # not only ImportError: whatever keeps it from loading here
-            found.append(f"no {name} ({type(error).__name__}: {str(error).splitlines()[0]})")
+            found.append(f"no {name} ({first_line(error)})")
     return ", ".join(found)
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 import peftkern
 from bench.cases import LLAMA
-from bench.gpu import ROUNDS, Weights, _calls, _elapsed, _graph, agree
+from bench.gpu import ROUNDS, Weights, _calls, _elapsed, _graph, agree, first_line
 from peftkern.backends import triton as backend
 
 M = "16,32,64,128,256,512,1024,2048,4096"
@@ -104,7 +104,7 @@ def timed(shapes: Sequence[str], tokens: Sequence[int], device: torch.device) ->
                             replay = _graph(product, calls)
                             times[name] = statistics.median(_elapsed(replay) / calls for _ in range(ROUNDS))
                     except Exception as error:
-                        problem = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+                        problem = f"{first_line(error)}"
                     finally:
                         matmul.words_tile = table
                     if problem is not None:

@@ -110,9 +110,15 @@ def _refuse(name: str, expected: str, got: object) -> ValueError:
     return ValueError(f"{name}: expected {expected}, got {got if isinstance(got, str) else _show(got)}")
 
 
+def _check_not_nested(name: str, tensor: Tensor) -> None:
+    if tensor.is_nested:  # it has no shape
+        raise TypeError(f"{name}: expected a strided tensor, got a nested one")
+
+
 def _check_tensor(name: str, value: object, dtype: torch.dtype) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    _check_not_nested(name, value)
     if value.dtype is not dtype:
         raise TypeError(f"{name}: expected {dtype}, got {value.dtype}")
     return value
@@ -344,7 +350,7 @@ class QuantizedWeight:
             for name in ("absmax", "code", "blocksize"):
                 if getattr(state2, name, None) is None:
                     raise TypeError(f"quant_state.state2.{name}: expected a value, got None")
-            offset = _check_tensor("quant_state.offset", quant_state.offset, torch.float32)
+            offset = _check_tensor("quant_state.offset", getattr(quant_state, "offset", None), torch.float32)
             if offset.numel() != 1:
                 raise _refuse("quant_state.offset", "one element", f"shape {list(offset.shape)}")
             nested = DoubleQuant(
@@ -554,6 +560,7 @@ def _plain(value: object, name: str = "quant_state") -> Tensor:
     """A tensor without its Parameter subclass and its graph, sharing the memory unless that is misaligned."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    _check_not_nested(name, value)
     tensor = value.data if isinstance(value, torch.nn.Parameter) else value.detach()
     # torch.frombuffer and memory-mapped files give such tensors; no kernel reads a float at an odd address
     if tensor.device.type == "cpu" and type(tensor) is Tensor and tensor.layout is torch.strided:
@@ -574,17 +581,25 @@ def _bytes_of(name: str, value: object) -> Tensor:
         )
     if tensor.dim() != 1 and not (tensor.dim() == 2 and 1 in tensor.shape):
         raise _refuse(name, "shape [n], [n, 1] or [1, n]", f"{list(tensor.shape)}")
-    return tensor.reshape(-1).view(torch.uint8)
+    # a view by bytes asks for a stride of 1 of a single element too
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
+
+
+def _values(name: str, tensor: Tensor) -> list[Any]:
+    try:
+        return tensor.tolist()
+    except RuntimeError:  # on meta, sparse, of a storage that was let go
+        got = f"device {tensor.device}, {tensor.layout}"
+        raise _refuse(name, "a tensor with data", got) from None
 
 
 def _check_table(name: str, value: object, quant_type: str) -> None:
     table = _check_tensor(name, value, torch.float32)
     if tuple(table.shape) != (16,):
         raise _refuse(name, "shape [16]", f"{list(table.shape)}")
-    if table.device.type == "meta":
-        raise _refuse(name, "a tensor with data", "device meta")
-    if tuple(table.tolist()) != CODES[quant_type]:
-        raise _refuse(name, f"the {quant_type} code table", table.tolist())
+    values = _values(name, table)
+    if tuple(values) != CODES[quant_type]:
+        raise _refuse(name, f"the {quant_type} code table", values)
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -604,11 +619,10 @@ def _read_record(key: str, blob: Tensor) -> dict[str, Any]:
         raise TypeError(f"{key}: expected {torch.uint8}, got {blob.dtype}")
     if blob.dim() != 1 or not 0 < blob.numel() <= _MAX_BLOB_BYTES:
         raise _refuse(key, f"1…{_MAX_BLOB_BYTES} bytes of JSON", f"shape {list(blob.shape)}")
-    if blob.device.type == "meta":
-        raise _refuse(key, "a tensor with data", "device meta")
+    values = _values(key, blob)
     try:
         record = json.loads(
-            bytes(blob.tolist()).decode("utf-8"),
+            bytes(values).decode("utf-8"),
             object_pairs_hook=_no_duplicates,
             parse_constant=_no_constant,
         )

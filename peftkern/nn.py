@@ -246,7 +246,10 @@ class LoRALinear(_AdaptedLinear):
         super().__init__(in_features, out_features, r, weight, bias, dropout, adapter_dtype, device, dtype)
         if alpha is not None and (not isinstance(alpha, (int, float)) or isinstance(alpha, bool)):
             raise TypeError(f"alpha: expected a number or None, got {type(alpha).__name__}")
-        self.alpha = float(r if alpha is None else alpha)
+        try:
+            self.alpha = float(r if alpha is None else alpha)
+        except OverflowError:  # its digits may be more than Python prints
+            raise ValueError("alpha: expected a finite number, got an integer beyond float's range") from None
         self.scaling = self.alpha / r
         check_scaling(self.scaling)
         place = self.weight.device

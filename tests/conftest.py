@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from hypothesis import HealthCheck, settings
 
 import peftkern
 from peftkern.backends import cpu, triton
+from peftkern.ops import library
 
 ISAS: list[str] = [] if cpu.missing() is not None else cpu._cpu.isa_levels()
 
@@ -40,11 +42,26 @@ def pytest_report_header() -> str:
     return f"peftkern: cpu levels {', '.join(ISAS)}" if missing is None else f"peftkern: {missing}"
 
 
+# compute-sanitizer's initcheck looks for memory that nobody filled
+POISONED = os.environ.get("PEFTKERN_POISON", "1") != "0"
+
+
+def _empty_poisoned(*args: Any) -> torch.Tensor:
+    return _empty_strided_cpu(*args).fill_(torch.nan)  # type: ignore[no-any-return]
+
+
+_empty_strided_cpu = library._empty_strided_cpu
+
+
 @pytest.fixture(autouse=True)
-def _seeded_and_poisoned() -> Iterator[None]:
-    """Deterministic mode makes torch fill fresh memory with NaN (255 in bytes): what is not written shows."""
+def _seeded_and_poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fresh memory holds NaN (255 in bytes): what is not written shows. Deterministic mode makes torch fill
+    it, but for results on the CPU, which library.fresh allocates."""
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True)
+    if POISONED:
+        monkeypatch.setattr(library, "_empty_strided_cpu", _empty_poisoned)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", POISONED)
     yield
     torch.use_deterministic_algorithms(False)
 

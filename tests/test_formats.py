@@ -29,6 +29,12 @@ from peftkern import DoubleQuant, QuantizedWeight, dequantize_4bit, linear_4bit,
 from peftkern.formats import BLOCKSIZES, CODES, DTYPE_NAMES, DYNAMIC_CODE, code_table
 
 PREFIX = "model.layers.0.self_attn.q_proj.weight"
+STATE = ".quant_state.bitsandbytes__nf4"
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", UserWarning)  # nested tensors are a prototype
+    RAGGED = torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)], layout=torch.strided)
+LET_GO = torch.zeros(80, dtype=torch.uint8)
+LET_GO.untyped_storage().resize_(0)
 SHAPES = [(64, 64), (3, 5), (7, 33), (1, 1), (16, 100), (130, 257)]
 
 
@@ -88,6 +94,14 @@ def test_round_trip_through_bitsandbytes_objects(
     assert state_back == state
     if shape[1] % 64 == 0:  # elsewhere its AVX-512 decoder may be wrong: test_quantize.py
         assert torch.equal(F.dequantize_4bit(back, state_back), dequantize_4bit(weight))
+
+
+def test_one_element_has_any_stride() -> None:
+    """Contiguous, so torch says, but no view by bytes."""
+    dense = torch.randn(2, 4)
+    packed, state = F.quantize_4bit(dense, quant_type="nf4", quant_storage=torch.float32)
+    weight = QuantizedWeight.from_bitsandbytes(packed.as_strided((1,), (0,)), state)
+    assert_same(weight, reference.quantize_4bit(dense, "nf4", 64, False))
 
 
 @pytest.mark.parametrize("nested", [False, True])
@@ -185,6 +199,10 @@ def test_bitsandbytes_objects_that_disagree() -> None:
         setattr(other, name, value)
         with pytest.raises(ValueError, match=message):
             QuantizedWeight.from_bitsandbytes(packed, other)
+    packed, state = F.quantize_4bit(torch.randn(64, 64), quant_type="nf4", compress_statistics=True)
+    del state.offset
+    with pytest.raises(TypeError, match=r"quant_state\.offset: expected a tensor, got NoneType"):
+        QuantizedWeight.from_bitsandbytes(packed, state)
 
 
 # ---- the record itself
@@ -222,6 +240,7 @@ def test_double_quantization_costs_the_stated_bits() -> None:
     ("field", "value", "error", "message"),
     [
         ("packed", [1, 2], TypeError, "packed: expected a tensor, got list"),
+        ("packed", RAGGED.byte(), TypeError, "packed: expected a strided tensor, got a nested one"),
         ("packed", torch.zeros(800), TypeError, "packed: expected torch.uint8, got torch.float32"),
         (
             "packed",
@@ -617,8 +636,13 @@ def test_nested_record_says_infinity() -> None:
             r"bitsandbytes__nf4: expected a tensor with data",
         ),
         (".absmax", torch.empty(25, dtype=torch.uint8, device="meta"), r"\.absmax: expected device cpu"),
+        *((suffix, RAGGED, ": expected a strided tensor, got a nested one") for suffix in (
+            "", ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", STATE)),
+        (".quant_map", torch.zeros(16).to_sparse(), r"\.quant_map: expected a tensor with data, .*sparse"),
+        (STATE, torch.zeros(80, dtype=torch.uint8).to_sparse(), "expected a tensor with data, .*sparse"),
+        (STATE, LET_GO, "bitsandbytes__nf4: expected a tensor with data"),
     ],
-)
+)  # fmt: skip
 def test_tensors_that_disagree(suffix: str, value: Any, message: str) -> None:
     tensors: dict[str, Any] = dict(make((16, 100), nested=True).state_dict(PREFIX))
     tensors[PREFIX + suffix] = value

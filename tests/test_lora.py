@@ -15,7 +15,7 @@ import bounds
 import numpy as np
 import pytest
 import torch
-from cases import Case, cases, operands, unbatched
+from cases import DTYPES, Case, cases, operands, unbatched
 from hypothesis import given, settings
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -208,27 +208,30 @@ def test_gradients_row(
                 assert torch.equal(out, first[i]), f"{name} of {asked:04b}"
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dropout", [None, 0.5])
 @pytest.mark.parametrize("dense", [False, True])
-def test_rows_of_nothing(dense: bool, dropout: float | None, backend: str) -> None:
+def test_rows_of_nothing(dense: bool, dropout: float | None, dtype: torch.dtype, backend: str) -> None:
     """No rows, outputs, inputs or rank: zeros where a sum is of nothing, and no number left unwritten."""
     device, seed = torch.empty(0).device, torch.tensor(5)
     masked = None if dropout is None else (dropout, seed)
     for M, N, K, R in ((0, 5, 64, 3), (4, 0, 64, 3), (4, 5, 0, 3), (4, 5, 64, 0), (0, 0, 0, 0)):
-        W = torch.ones(N, K)
+        W = torch.ones(N, K, dtype=dtype)
         weight: Any = W if dense else peftkern.quantize_4bit(W).kernel_args
-        x, A, B, dY = torch.ones(M, K), torch.ones(R, K), torch.ones(N, R), torch.ones(M, N)
-        y, T = (torch.full(shape, torch.nan) for shape in ((M, N), (M, R)))
-        dispatch.find("linear", device, torch.float32)(y, T, x, weight, A, B, 1.0, masked, torch.ones(N))
+        x, dY = torch.ones(M, K, dtype=dtype), torch.ones(M, N, dtype=dtype)
+        A, B = torch.ones(R, K), torch.ones(N, R)
+        y, T = (torch.full(shape, torch.nan, dtype=dtype) for shape in ((M, N), (M, R)))
+        dispatch.find("linear", device, dtype)(y, T, x, weight, A, B, 1.0, masked, torch.ones(N))
         if masked is None:
-            assert torch.equal(T, torch.full((M, R), float(K)))
-            assert torch.equal(y, torch.full((M, N), 1.0 + K + K * R))
-        shapes = (M, K), (R, K), (N, R), (N,)
-        dx, dA, dB, dbias = outs = [torch.full(shape, torch.nan) for shape in shapes]
-        row = dispatch.find("linear_grad", device, torch.float32)
-        row(*outs, dY, x, weight, A, B, torch.ones(M, R), 1.0, masked)
+            assert torch.equal(T, torch.full((M, R), float(K), dtype=dtype))
+            assert torch.equal(y, torch.full((M, N), 1.0 + K + K * R, dtype=dtype))
+        dx = torch.full((M, K), torch.nan, dtype=dtype)
+        dA, dB, dbias = (torch.full(shape, torch.nan) for shape in ((R, K), (N, R), (N,)))
+        outs = [dx, dA, dB, dbias]
+        row = dispatch.find("linear_grad", device, dtype)
+        row(*outs, dY, x, weight, A, B, torch.ones(M, R, dtype=dtype), 1.0, masked)
         if masked is None:
-            assert torch.equal(dx, torch.full((M, K), float(N + N * R)))
+            assert torch.equal(dx, torch.full((M, K), float(N + N * R), dtype=dtype))
             assert torch.equal(dA, torch.full((R, K), float(M * N)))
         assert not any(bool(out.isnan().any()) for out in (y, T, *outs))
         assert torch.equal(dB, torch.full((N, R), float(M)))

@@ -359,6 +359,7 @@ def test_draws_a_weight() -> None:
     (lambda: LoRALinear(K, N, r=True), TypeError, "r: expected an integer, got bool"),
     (lambda: LoRALinear(K, N, r=-1), ValueError, "r: expected at least 1, got -1"),
     (lambda: LoRALinear(K, N, alpha=torch.nan), ValueError, "scaling: expected a finite number"),
+    (lambda: LoRALinear(K, N, alpha=10**400), ValueError, "alpha: expected a finite number, got an integer"),
     (lambda: LoRALinear(K, N, dropout=1.5), ValueError, "dropout: expected a probability"),
     (lambda: LoRALinear(K, N, weight=torch.zeros(K, N)), ValueError, "weight: expected shape .* got"),
     (lambda: LoRALinear(K, N, weight=[1]), TypeError, "weight: expected a tensor or a Quantized.* got list"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import re
 import warnings
@@ -17,6 +18,7 @@ from torch import Tensor
 import peftkern
 from peftkern import QuantizedWeight, dispatch, reference
 from peftkern.backends import cpu
+from peftkern.ops.library import fresh
 
 N, K, R = 65, 130, 8  # odd on purpose: rows end inside bytes' vectors, blocks straddle rows
 SETTINGS = [("nf4", 64, False), ("nf4", 64, True), ("fp4", 32, False), ("fp4", 4096, True)]
@@ -237,3 +239,12 @@ def test_5_no_mutation_of_an_input(dense: bool, backend: str) -> None:
     for leaf, (copy, version) in zip(leaves, before, strict=True):
         assert torch.equal(leaf, copy)
         assert leaf._version == version
+
+
+@pytest.mark.skipif(os.environ.get("PEFTKERN_POISON") == "0", reason="PEFTKERN_POISON=0: nothing is filled")
+def test_what_an_op_allocates_is_poisoned_here() -> None:
+    """Or no test would see an element that a kernel leaves out."""
+    for like in (torch.zeros(1), torch.zeros(1, dtype=torch.bfloat16)):
+        assert fresh(like, 3, 5).isnan().all()
+        assert fresh(like, 3, 5, torch.float16).isnan().all()
+        assert torch.empty_like(like).isnan().all()

@@ -6,12 +6,14 @@ tiles, split sums or the way over a dequantized W.
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import subprocess
 import sys
 import textwrap
 import weakref
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import bounds
@@ -648,6 +650,8 @@ def test_who_is_refused_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
         ("3.5.1", "it needs triton 3.6 or newer, this is 3.5.1"),
         ("3.6.0", None),
         ("3.10.0+git1234", None),
+        ("3.7rc1", None),
+        ("main", "it needs triton 3.6 or newer, this is main"),
         (None, "triton is not installed (pip install peftkern[triton])"),
     ],
 )
@@ -661,6 +665,22 @@ def test_which_triton_will_do(
         assert triton.missing() == problem
     finally:
         triton.missing.cache_clear()
+
+
+def test_triton_of_another_distribution(monkeypatch: pytest.MonkeyPatch) -> None:
+    """pytorch-triton and the like: the module is there, a distribution of its name is not."""
+
+    def version(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr("importlib.metadata.version", version)
+    for found, problem in (("3.6.0", None), ("3.5.0", "it needs triton 3.6 or newer, this is 3.5.0")):
+        monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__=found, __spec__=object()))
+        triton.missing.cache_clear()
+        try:
+            assert triton.missing() == problem
+        finally:
+            triton.missing.cache_clear()
 
 
 def test_nobody_imports_triton_for_a_cpu_tensor() -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
+import re
 from contextlib import nullcontext
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
@@ -37,9 +38,12 @@ OLDEST = (3, 6)
 def missing() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (pip install peftkern[triton])"
-    version = importlib.metadata.version("triton")
-    found = tuple(int(part) for part in version.split("+")[0].split(".")[:2])
-    if found < OLDEST:
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:  # from a distribution of another name
+        version = str(importlib.import_module("triton").__version__)
+    found = re.match(r"(\d+)\.(\d+)", version)
+    if found is None or tuple(int(part) for part in found.groups()) < OLDEST:
         return f"it needs triton {OLDEST[0]}.{OLDEST[1]} or newer, this is {version}"
     return None
 

@@ -19,7 +19,12 @@ from peftkern.formats import QuantizedWeight
 from peftkern.ops.checks import PLAIN
 
 _unsafe_view: Any = torch.ops.aten._unsafe_view.default
-_empty_strided_cpu: Any = torch._C._dynamo.guards._empty_strided_cpu  # type: ignore[attr-defined]
+# (size, stride, dtype); what inductor's code allocates by, where this torch has it
+_empty_strided_cpu: Any = getattr(
+    torch._C._dynamo.guards,
+    "_empty_strided_cpu",
+    lambda size, stride, dtype: torch.empty_strided(size, stride, dtype=dtype, device="cpu"),
+)
 _is_included: Any = torch._C._dispatch_tls_is_dispatch_key_included
 _PYTHON, _FUNCTORCH, _VMAP_MODE, _TRACER = (
     torch._C._parse_dispatch_key(key)
@@ -59,7 +64,7 @@ def is_direct(first: Tensor, *others: Tensor | None) -> bool:
 def fresh(like: Tensor, rows: int, columns: int, dtype: torch.dtype | None = None) -> Tensor:
     """Memory for a result [rows, columns] where `like` is, of its dtype if none is given."""
     dtype = like.dtype if dtype is None else dtype
-    if like.is_cpu and type(like) in PLAIN:  # as inductor's code does: half of new_empty's time
+    if like.is_cpu and type(like) in PLAIN:  # half of new_empty's time
         return _empty_strided_cpu((rows, columns), (columns, 1), dtype)  # type: ignore[no-any-return]
     return like.new_empty(rows, columns, dtype=dtype)
 

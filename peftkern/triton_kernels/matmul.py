@@ -405,8 +405,8 @@ def words_problem(x: Tensor, weight: Weight4, transposed: bool) -> str | None:
     step = min(blocksize, 64)
     if x.dtype == torch.float32:
         return "fp32 takes no tensor cores"
-    if K % step:
-        return f"K = {K} is no multiple of {step}"
+    if K == 0 or K % step:
+        return f"K = {K} is no positive multiple of {step}"
     if transposed and N % step:
         return f"N = {N} is no multiple of {step}"
     if (0 if packed.is_meta else packed.data_ptr()) % 16 or packed.storage_offset() % 4:

@@ -88,13 +88,13 @@ def finish_mora_grad(
     i = tl.program_id(0).to(tl.int64)
     j = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     lower, upper = j < half, j + half < size
-    line = parts + i * size + j[None, :]
+    source = parts + i * size + j[None, :]
     one = tl.zeros((PARTS, COLUMNS), tl.float32)
     two = tl.zeros((PARTS, COLUMNS), tl.float32)
     for first in range(0, count, PARTS):
         part = (first + tl.arange(0, PARTS))[:, None]
         some = part < count
-        at = line + part.to(tl.int64) * size * size
+        at = source + part.to(tl.int64) * size * size
         s = tl.load(at, mask=some & lower[None, :], other=0.0)
         t = tl.load(at + half, mask=some & upper[None, :], other=0.0)
         if rotation is not None:
@@ -104,9 +104,9 @@ def finish_mora_grad(
             s, t = s * cosine - t * sine, t * cosine + s * sine
         one += s
         two += t
-    at = dM + i * stride_i + j.to(tl.int64) * stride_j
-    tl.store(at, tl.sum(one, axis=0) * scaling, mask=lower)
-    tl.store(at + half.to(tl.int64) * stride_j, tl.sum(two, axis=0) * scaling, mask=upper)
+    line = dM + i * stride_i
+    tl.store(line + j.to(tl.int64) * stride_j, tl.sum(one, axis=0) * scaling, mask=lower)
+    tl.store(line + (j + half).to(tl.int64) * stride_j, tl.sum(two, axis=0) * scaling, mask=upper)
 
 
 class _Fixed(NamedTuple):
