@@ -30,7 +30,7 @@ import typer
 from torch import Tensor
 
 TARGETS = (90, 80)
-PROCESSORS = {90: 132, 80: 108, 120: 170}
+PROCESSORS = {90: 132, 80: 108, 100: 148, 120: 170}
 _POINTERS = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
@@ -431,7 +431,7 @@ def read(case: Case, capability: int) -> Row:
 
 def main(
     file: Annotated[Path | None, typer.Option("--csv", help="write the rows there too")] = None,
-    target: Annotated[int, typer.Option(help="80, 90 or 120; 0: 80 and 90")] = 0,
+    target: Annotated[int, typer.Option(help="80, 90, 100 or 120; 0: 80 and 90")] = 0,
     everything: Annotated[
         bool, typer.Option("--all", help="each choice on each tile: some ten minutes")
     ] = False,

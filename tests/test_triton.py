@@ -111,7 +111,7 @@ def test_words(
     weight = quantized(N, K, quant_type, blocksize, nested)
     inner, outputs = (N, K) if transposed else (K, N)
     x, out = torch.randn(M, inner).to(dtype), torch.full((M, outputs), torch.nan, dtype=dtype)
-    assert words_problem(x, weight.kernel_args, transposed) is None
+    assert words_problem(x.dtype, weight.kernel_args, transposed) is None
     t, u, bias = torch.randn(M, 20).to(dtype), torch.randn(outputs, 20), torch.randn(outputs)
     triton.matmul(out, x, weight.kernel_args, transposed, 0.5, t, u, bias)
     bounds.check("out", out, expected(x, weight, transposed, dtype, 0.5, t, u, bias))
@@ -387,7 +387,7 @@ def test_masked_addend(
     strides, and whatever the dropped addend is."""
     from peftkern.triton_kernels import choices
 
-    monkeypatch.setattr(choices, "dequantizes", lambda *_: way == "dequantized")
+    monkeypatch.setattr(choices, "crossover", lambda *_: 0 if way == "dequantized" else choices.ANY)
     seed = torch.tensor(1 << 62)
     keep = reference.dropout_mask(seed, (M, K), p)
     weight = quantized(N, K).kernel_args
@@ -421,7 +421,7 @@ def test_a_dropped_layer(dtype: torch.dtype, way: str, rank: int, monkeypatch: p
             run(each)
 
     monkeypatch.setattr(launch.Launch, "run", unwatched)
-    monkeypatch.setattr(choices, "dequantizes", lambda *_: way == "dequantized")
+    monkeypatch.setattr(choices, "crossover", lambda *_: 0 if way == "dequantized" else choices.ANY)
     M, N, K, p, seed = 300, 128, 192, 0.4, torch.tensor(3)
     keep = reference.dropout_mask(seed, (M, K), p)
     weight = torch.randn(N, K).to(dtype) if way == "dense" else quantized(N, K)
@@ -602,7 +602,7 @@ def test_mora_of_several_blocks(
 
     if kind == "rotation" and r % 2:
         r, K = 2, 5
-    monkeypatch.setattr(choices, "dequantizes", lambda *_: base == "dequantized")
+    monkeypatch.setattr(choices, "crossover", lambda *_: 0 if base == "dequantized" else choices.ANY)
     W = torch.randn(N, K)
     weight = None if base == "none" else W.to(dtype) if base == "dense" else peftkern.quantize_4bit(W)
     x = torch.randn(M, K).to(dtype).requires_grad_()
@@ -665,6 +665,39 @@ def test_which_triton_will_do(
         assert triton.missing() == problem
     finally:
         triton.missing.cache_clear()
+
+
+@pytest.mark.skipif(
+    not triton.INTERPRETED, reason="needs TRITON_INTERPRET=1, set before the start (make test-triton)"
+)
+def test_explain_says_which_path_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And it is the path that runs: a dequantized copy is made, or none."""
+    x = torch.randn(2, 3, 64)
+    made: list[Any] = []
+    dequantize = triton.dequantize
+    monkeypatch.setattr(triton, "dequantize", lambda out, w: (made.append(out), dequantize(out, w)))
+
+    def told(x: Tensor, K: int = 64) -> str:
+        made.clear()
+        weight = peftkern.quantize_4bit(torch.randn(8, K))
+        with peftkern.use_backend("triton"):
+            peftkern.linear_4bit(x, weight)
+            (choice,) = peftkern.explain("linear_4bit", x, weight).choices
+        return choice.detail
+
+    wide = torch.randn(200, 64)
+    assert told(x.bfloat16()) == "Triton's interpreter; fused, as x has 6 rows, fewer than 2048"
+    assert not made
+    assert told(wide).endswith("W dequantized for cuBLAS, as x has 200 rows, 128 or more")
+    assert made
+    assert told(wide[:3]).endswith("fewer than 128, W byte by byte: fp32 takes no tensor cores")
+    odd = told(torch.randn(3, 65).bfloat16(), 65)
+    assert odd.endswith("fewer than 2048, W byte by byte: K = 65 is no positive multiple of 64")
+    with peftkern.use_backend("triton"):
+        (dense,) = peftkern.explain("lora_linear", x, torch.randn(8, 64), x[0, :1], torch.ones(8, 1)).choices
+        (alone,) = peftkern.explain("mora", x, torch.ones(4, 4), 8).choices
+    assert dense.detail == "cuBLAS, the adapter by Triton's interpreter"
+    assert alone.detail == "Triton's interpreter"
 
 
 def test_triton_of_another_distribution(monkeypatch: pytest.MonkeyPatch) -> None:

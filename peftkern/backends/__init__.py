@@ -98,8 +98,9 @@ class Call(NamedTuple):
     # of x for linear, compress and mora, of dY for the gradients, of out for dequantize, of weight
     # for quantize
     dtype: torch.dtype
-    # nothing depends on it but the words of `explain`: W is dense, and the vendor's GEMM multiplies it
-    dense: bool = False
+    # nothing depends on these but the words of `explain`
+    rows: int = 0  # of x
+    weight: Weight4 | Tensor | None = None
 
     def __str__(self) -> str:
         return f"{self.primitive} {str(self.dtype).removeprefix('torch.')} on {self.device}"

@@ -41,7 +41,7 @@ def supports(call: Call) -> str | None:
 def detail(call: Call) -> str:
     primitive = "matmul" if call.primitive.startswith("linear") else call.primitive
     kernel = str(_cpu.kernel(primitive, call.dtype))
-    return f"torch's GEMM, the adapter by {kernel}" if call.dense else kernel
+    return f"torch's GEMM, the adapter by {kernel}" if isinstance(call.weight, Tensor) else kernel
 
 
 def matmul(

@@ -66,19 +66,21 @@ def supports(call: Call) -> str | None:
 
 
 def detail(call: Call) -> str:
-    if INTERPRETED:
-        return "Triton's interpreter"
     from peftkern.triton_kernels import choices
+    from peftkern.triton_kernels.matmul import words_problem
 
     machine = _machine(call.device)
-    text = f"Triton, sm_{machine.capability}"
-    if call.dense:
+    text = "Triton's interpreter" if INTERPRETED else f"Triton, sm_{machine.capability}"
+    if isinstance(call.weight, Tensor):
         return f"cuBLAS, the adapter by {text}"
-    if call.primitive in ("linear", "mora"):
-        full = call.dtype == torch.float32
-        limit = choices.CROSSOVER_FLOAT32 if full else choices.of(choices.CROSSOVER, machine)
-        return f"{text}; a 4-bit W fused below {limit} rows, dequantized for cuBLAS from there on"
-    return text
+    if call.weight is None:
+        return text
+    limit = choices.crossover(call.dtype == torch.float32, machine)
+    if call.rows >= limit:
+        return f"{text}; W dequantized for cuBLAS, as x has {call.rows} rows, {limit} or more"
+    problem = words_problem(call.dtype, call.weight, False)
+    slow = "" if problem is None else f", W byte by byte: {problem}"
+    return f"{text}; fused, as x has {call.rows} rows, fewer than {limit}{slow}"
 
 
 @cache
@@ -128,7 +130,7 @@ def _dequantized(x: Tensor, weight: Weight4) -> Tensor | None:
     """W in a scratch buffer, where x has so many rows that it pays."""
     from peftkern.triton_kernels import choices
 
-    if not choices.dequantizes(x.shape[0], x.dtype == torch.float32, _machine(x.device)):
+    if x.shape[0] < choices.crossover(x.dtype == torch.float32, _machine(x.device)):
         return None
     scratch = x.new_empty(weight[5], weight[6])
     dequantize(scratch, weight)

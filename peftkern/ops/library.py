@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.library import Library
 
-from peftkern.backends import Weight4
+from peftkern.backends import Call, Weight4
 from peftkern.formats import QuantizedWeight
 from peftkern.ops.checks import PLAIN
 
@@ -67,6 +67,12 @@ def fresh(like: Tensor, rows: int, columns: int, dtype: torch.dtype | None = Non
     if like.is_cpu and type(like) in PLAIN:  # half of new_empty's time
         return _empty_strided_cpu((rows, columns), (columns, 1), dtype)  # type: ignore[no-any-return]
     return like.new_empty(rows, columns, dtype=dtype)
+
+
+def call(primitive: str, x: Tensor, dtype: torch.dtype, weight: QuantizedWeight | Tensor | None) -> Call:
+    """Of a layer with x as input, for `explain`."""
+    operand = weight.kernel_args if isinstance(weight, QuantizedWeight) else weight
+    return Call(primitive, x.device, dtype, x.shape[:-1].numel(), operand)
 
 
 def as_rows(x: Tensor, columns: int) -> Tensor:

@@ -18,6 +18,7 @@ from peftkern.ops.library import (
     OPS,
     WeightSpec,
     as_rows,
+    call,
     flat,
     flatten_weight,
     fresh,
@@ -352,9 +353,8 @@ def _check(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> torch.dty
     return autocast_dtype(x)
 
 
-def _calls(x: Tensor, *rest: Any) -> tuple[Call, ...]:
-    dtype = _check(x, *rest)
-    return (Call("linear", x.device, dtype),)
+def _calls(x: Tensor, weight: QuantizedWeight, *rest: Any) -> tuple[Call, ...]:
+    return (call("linear", x, _check(x, weight, *rest), weight),)
 
 
 @dispatch.explained_by(_calls)

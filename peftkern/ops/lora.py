@@ -11,6 +11,7 @@ from peftkern import dispatch, reference
 from peftkern.backends import Call
 from peftkern.formats import QuantizedWeight
 from peftkern.ops.checks import check_base, check_dropout, check_scaling, check_tensor, matrix_shape, refuse
+from peftkern.ops.library import call
 from peftkern.ops.linear import linear
 from peftkern.reference import draw_seed
 
@@ -44,8 +45,7 @@ def _check(
 
 
 def _calls(x: Tensor, weight: QuantizedWeight | Tensor, *rest: Any) -> tuple[Call, ...]:
-    dtype = _check(x, weight, *rest)
-    return (Call("linear", x.device, dtype, isinstance(weight, Tensor)),)
+    return (call("linear", x, _check(x, weight, *rest), weight),)
 
 
 @dispatch.explained_by(_calls)

@@ -35,6 +35,7 @@ from peftkern.ops.library import (
     OPS,
     WeightSpec,
     as_rows,
+    call,
     flat,
     flatten_weight,
     fresh,
@@ -403,7 +404,7 @@ def _check_mora(
 
 def _mora_calls(x: Tensor, *rest: Any) -> tuple[Call, ...]:
     dtype, _ = _check_mora(x, *rest)
-    return (Call("mora", x.device, dtype),)
+    return (call("mora", x, dtype, None),)
 
 
 @dispatch.explained_by(_mora_calls)
@@ -471,7 +472,7 @@ def _check_linear(
 
 def _linear_calls(x: Tensor, weight: QuantizedWeight | Tensor, *rest: Any) -> tuple[Call, ...]:
     dtype, _ = _check_linear(x, weight, *rest)
-    return (Call("mora", x.device, dtype, isinstance(weight, Tensor)),)
+    return (call("mora", x, dtype, weight),)
 
 
 @dispatch.explained_by(_linear_calls)

@@ -213,6 +213,6 @@ def mora_grad_tile(
     return tile, *parts(tile)
 
 
-def dequantizes(rows: int, full: bool, machine: Machine) -> bool:
-    """Whether so many rows are worth a dequantized copy of W; full: fp32."""
-    return rows >= (CROSSOVER_FLOAT32 if full else of(CROSSOVER, machine))
+def crossover(full: bool, machine: Machine) -> int:
+    """From how many rows on a dequantized copy of W is worth its making; full: fp32."""
+    return CROSSOVER_FLOAT32 if full else of(CROSSOVER, machine)

@@ -399,11 +399,11 @@ def finish_split(
     )  # fmt: skip
 
 
-def words_problem(x: Tensor, weight: Weight4, transposed: bool) -> str | None:
+def words_problem(dtype: torch.dtype, weight: Weight4, transposed: bool) -> str | None:
     """None where W may be read in words, else why not."""
     packed, _, _, _, blocksize, N, K = weight
     step = min(blocksize, 64)
-    if x.dtype == torch.float32:
+    if dtype == torch.float32:
         return "fp32 takes no tensor cores"
     if K == 0 or K % step:
         return f"K = {K} is no positive multiple of {step}"
@@ -580,7 +580,7 @@ def plan(
             scales = torch.empty(absmax.shape, dtype=torch.float32, device=absmax.device)
             launches += plan_scales(scales, weight)
             absmax = scales
-        words = words_problem(x, weight, transposed) is None
+        words = words_problem(x.dtype, weight, transposed) is None
         if words:
             # what sums its source in registers leaves none for a tile of more rows, nor do wide indices
             crowded = blocks > 0 and transposed and not aligned
