@@ -58,8 +58,8 @@ class Row:
     registers: int
     spills: int  # loads and stores of local memory
     shared: int  # bytes
-    tensor_cores: str  # "wgmma", "mma" or ""
-    w_from: str  # "registers", "shared memory" or ""
+    tensor_cores: str  # "tcgen05", "wgmma", "mma" or ""
+    w_from: str  # "registers", "tensor memory", "shared memory" or ""
     per_32_weights: str  # instructions of the loop over W
     seconds: str
     problem: str
@@ -398,6 +398,7 @@ def read(case: Case, capability: int) -> Row:
     spills = sum(bool(re.match(r"(LDL|STL)\b", text)) for text in instructions)
     wgmma = [text for text in instructions if text.startswith("HGMMA")]
     mma = [text for text in instructions if text.startswith("HMMA")]
+    tcgen05 = [text for text in instructions if text.startswith("UTCHMMA")]
     w_from, per_32 = "", ""
     heavy = max(loops, key=lambda loop: sum(text.startswith("SHFL") for text in loop), default=[])
     lookups = sum(text.startswith("SHFL") for text in heavy)
@@ -409,10 +410,12 @@ def read(case: Case, capability: int) -> Row:
             w_from = "registers" if all(re.match(r"R\d+", operand) for operand in first) else "shared memory"
         elif any(text.startswith("HMMA") for text in heavy):
             w_from = "registers"
+        elif any(text.startswith("UTCHMMA") for text in heavy):
+            w_from = "tensor memory" if any(text.startswith("STTM") for text in heavy) else "shared memory"
     problem = ""
     if spills or stack:
         problem = f"{spills} spills, {stack} bytes of stack"
-    elif case.tensor_cores and not wgmma and not mma:
+    elif case.tensor_cores and not (tcgen05 or wgmma or mma):
         problem = "no tensor-core instruction"
     return Row(
         case.kernel,
@@ -421,7 +424,7 @@ def read(case: Case, capability: int) -> Row:
         registers,
         spills,
         int(compiled.metadata.shared),
-        "wgmma" if wgmma else "mma" if mma else "",
+        "tcgen05" if tcgen05 else "wgmma" if wgmma else "mma" if mma else "",
         w_from,
         per_32,
         f"{seconds:.1f}",
@@ -441,7 +444,7 @@ def main(
         raise typer.BadParameter("TRITON_INTERPRET is set: nothing would be compiled")
     rows: list[Row] = []
     print(
-        f"{'kernel':14} {'configuration':56} {'target':7} {'regs':>4} {'spill':>5} {'shared':>7} {'cores':6} "
+        f"{'kernel':14} {'configuration':56} {'target':7} {'regs':>4} {'spill':>5} {'shared':>7} {'cores':7} "
         f"{'W from':13} {'per 32':>6}"
     )
     for capability in (target,) if target else TARGETS:
@@ -452,7 +455,7 @@ def main(
             rows.append(row)
             print(
                 f"{row.kernel:14} {row.configuration:56} {row.target:7} {row.registers:4} {row.spills:5} "
-                f"{row.shared:7} {row.tensor_cores:6} {row.w_from:13} {row.per_32_weights:>6} {row.problem}",
+                f"{row.shared:7} {row.tensor_cores:7} {row.w_from:13} {row.per_32_weights:>6} {row.problem}",
                 flush=True,
             )
     if file is not None:

@@ -5,7 +5,8 @@ slow, for tests; that of Triton 3.6 needs numpy older than 2.4. Triton is import
 needs it, so that a machine without a GPU never pays for it.
 
 Above a number of rows (triton_kernels/choices.py) a 4-bit W is dequantized into a scratch buffer, which
-torch's allocator takes back when the call ends, and cuBLAS adds the product onto the addend.
+torch's allocator takes back when the call ends, and cuBLAS adds the product onto the addend. Below it a
+double quantization's scales are decoded into such a buffer, 4 bytes a block.
 """
 
 from __future__ import annotations
